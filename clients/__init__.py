@@ -1,0 +1,1 @@
+"""Client update rules, one module per rule; imported as ``fedllm.clients``."""

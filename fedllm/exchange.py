@@ -1,0 +1,239 @@
+"""One exchange with the clients: push messages, poll for replies, check each on arrival, yield them in order."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from fedllm.errors import ReplyError, RoundError
+from fedllm.events import EventBus
+from fedllm.records import NUM_EXAMPLES, records_of, wire_bytes
+from fedllm.spool import ReplySpool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long the server waits and when a round counts; units are seconds and bytes.
+
+    Attributes:
+        min_nodes: nodes that must be connected before the first round.
+        node_timeout: how long to wait for them.
+        quorum: share of the asked clients whose valid replies make a round count.
+        deadline: after this a round closes as soon as it has its quorum.
+        round_timeout: after this a round closes whatever it has.
+        max_failed_rounds: rounds in a row without quorum after which the run stops.
+        spool_bytes: bytes of waiting replies kept in memory.
+        poll_interval: pause between two looks for replies.
+    """
+
+    min_nodes: int = 2
+    node_timeout: float = 180.0
+    quorum: float = 0.5
+    deadline: float = 3600.0
+    round_timeout: float = 7200.0
+    max_failed_rounds: int = 3
+    spool_bytes: int = 32 * 2**20
+    poll_interval: float = 0.02
+
+
+class QuorumError(RoundError):
+    """A round closed with too few valid replies; the global model stays as it was.
+
+    Attributes:
+        hopeless: every client that was asked has answered, and not one answer is usable.
+    """
+
+    def __init__(self, message: str, hopeless: bool) -> None:
+        super().__init__(message)
+        self.hopeless = hopeless
+
+
+@dataclass
+class ExchangeStats:
+    """What came of an exchange so far."""
+
+    asked: int = 0
+    valid: int = 0
+    num_examples: int = 0
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+class Exchange:
+    """Iterating yields the valid replies in the order in which their messages were given.
+
+    Iteration ends when every client has answered, when the deadline has passed and the quorum is there, or at the
+    round's timeout. It then raises :class:`QuorumError` if there are too few valid replies: a consumer that folds
+    replies as they come is interrupted before it can change the global model.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        events: EventBus,
+        options: LoopOptions,
+        *,
+        server_round: int,
+        phase: str,
+        node_name: Callable[[int], str],
+        check: Callable[[Message, Message], None],
+    ) -> None:
+        """Prepare an exchange.
+
+        Args:
+            grid: Flower's grid.
+            events: receives ``node-replied`` and ``node-dropped``.
+            options: deadlines and quorum.
+            server_round: the round, for events.
+            phase: ``train`` or ``evaluate``, for events.
+            node_name: the name of a node id.
+            check: raises :class:`ReplyError` for a reply (first argument) to a message (second) that cannot be used.
+        """
+        self._grid = grid
+        self._events = events
+        self._options = options
+        self._where = {"round": server_round, "phase": phase}
+        self._node_name = node_name
+        self._check = check
+        self._sent: dict[str, tuple[int, Message]] = {}
+        self._open: set[str] = set()
+        self._bytes: dict[int, int] = {}
+        self._started = 0.0
+        self.stats = ExchangeStats()
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Push the messages; a node that cannot be reached counts as dropped."""
+        self._started = time.monotonic()
+        self.stats.asked = len(messages)
+        ids = list(self._grid.push_messages(messages))
+        if len(ids) != len(messages):
+            # The in-memory grid leaves out what it refuses; the id it gave each message tells which.
+            accepted = set(ids)
+            ids = [i if (i := message.metadata.message_id) in accepted else "" for message in messages]
+        for index, (message_id, message) in enumerate(zip(ids, messages, strict=True)):
+            if message_id:
+                self._sent[message_id] = (index, message)
+            else:
+                self._drop(message, "the message could not be sent: the node is not connected")
+        self._open = set(self._sent)
+
+    @property
+    def unanswered(self) -> set[str]:
+        """Ids of messages without a reply."""
+        return self._open
+
+    @property
+    def needed(self) -> int:
+        """Valid replies that make the quorum; at least one."""
+        return max(1, math.ceil(self._options.quorum * self.stats.asked - 1e-9))
+
+    def __iter__(self) -> Iterator[Message]:
+        with ReplySpool(self._options.spool_bytes) as spool:
+            waiting = {index for index, _ in self._sent.values()}
+            while self._open and not self._closed():
+                arrived = self._poll(spool)
+                waiting -= arrived
+                # Everything before the first position still open may go out now.
+                frontier = min(waiting, default=math.inf)
+                for index in [i for i in spool.indices if i < frontier]:
+                    yield spool.take(index)
+                if self._open and not arrived:
+                    time.sleep(self._options.poll_interval)
+            self._drop_silent()
+            for index in spool.indices:
+                yield spool.take(index)
+        self._require_quorum()
+
+    def _closed(self) -> bool:
+        elapsed = time.monotonic() - self._started
+        if elapsed >= self._options.round_timeout:
+            return True
+        return elapsed >= self._options.deadline and self.stats.valid >= self.needed
+
+    def _poll(self, spool: ReplySpool) -> set[int]:
+        """Fetch what has arrived; returns the positions that are settled, with a good reply or without."""
+        settled: set[int] = set()
+        for reply in self._grid.pull_messages(self._open):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id not in self._open:
+                continue
+            self._open.discard(message_id)
+            index, sent = self._sent[message_id]
+            settled.add(index)
+            if self._accept(reply, sent):
+                spool.put(index, reply)
+        return settled
+
+    def _accept(self, reply: Message, sent: Message) -> bool:
+        if reply.has_error():
+            self._drop(sent, _last_line(reply.error.reason))
+            return False
+        try:
+            self._check(reply, sent)
+        except ReplyError as error:
+            self._drop(sent, str(error))
+            return False
+        self.stats.valid += 1
+        self._report(reply, sent)
+        return True
+
+    def _report(self, reply: Message, sent: Message) -> None:
+        metrics = next(iter(records_of(reply, MetricRecord).values()), MetricRecord())
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        self.stats.num_examples += int(numbers.get(NUM_EXAMPLES, 0))
+        self._events.emit(
+            "node-replied",
+            **self._where,
+            node=self._node_name(sent.metadata.dst_node_id),
+            bytes_up=_content_bytes(reply),
+            bytes_down=self._sent_bytes(sent),
+            seconds=numbers.pop("seconds", None),
+            elapsed=time.monotonic() - self._started,
+            num_examples=int(numbers.pop(NUM_EXAMPLES, 0)),
+            loss=numbers.pop("loss", None),
+            metrics=numbers,
+        )
+
+    def _sent_bytes(self, message: Message) -> int:
+        # Messages to many nodes share one content, which `_sent` keeps alive: its id is a safe key.
+        key = id(message.content)
+        if key not in self._bytes:
+            self._bytes[key] = _content_bytes(message)
+        return self._bytes[key]
+
+    def _drop(self, sent: Message, reason: str) -> None:
+        node = self._node_name(sent.metadata.dst_node_id)
+        self.stats.dropped[node] = reason
+        self._events.emit("node-dropped", **self._where, node=node, reason=reason)
+        logger.warning("round %d: reply of node %s dropped: %s", self._where["round"], node, reason)
+
+    def _drop_silent(self) -> None:
+        waited = time.monotonic() - self._started
+        for message_id in sorted(self._open, key=lambda i: self._sent[i][0]):
+            self._drop(self._sent[message_id][1], f"no reply within {waited:.0f} s")
+
+    def _require_quorum(self) -> None:
+        if self.stats.valid < self.needed:
+            reasons = "; ".join(f"node {node}: {reason}" for node, reason in list(self.stats.dropped.items())[:5])
+            raise QuorumError(
+                f"{self.stats.valid} of {self.stats.asked} replies are valid, expected at least {self.needed} "
+                f"(server.quorum); {reasons}",
+                hopeless=self.stats.valid == 0 and not self._open,
+            )
+
+
+def _content_bytes(message: Message) -> int:
+    return sum(wire_bytes(record) for record in records_of(message, ArrayRecord).values())
+
+
+def _last_line(reason: str) -> str:
+    """The end of a client's error; Flower wraps the exception's text in several lines."""
+    lines = [line.strip() for line in reason.strip().splitlines() if line.strip()]
+    return lines[-1][-1000:] if lines else "unknown error"

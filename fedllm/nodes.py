@@ -1,0 +1,145 @@
+"""Who is connected: stable names for Flower's random node ids, and a bounded wait for enough nodes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedllm.errors import PlanError
+from fedllm.events import EventBus
+from fedllm.records import CONFIG, records_of
+
+logger = logging.getLogger(__name__)
+
+DESCRIBE = "query.describe"
+SHOWN = ("device", "cpus", "memory-bytes", "num-examples", "label-names", "label-counts", "version")
+"""The parts of a node's description that go into its ``node-joined`` event."""
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What a node told of itself.
+
+    Attributes:
+        node_id: Flower's id, new in every run of a simulation.
+        name: the node's own name; seeds and events use it.
+        order: sorts nodes the same way in every run.
+        num_examples: training examples it holds; 0 if it did not say.
+        description: the whole reply to ``query.describe``.
+    """
+
+    node_id: int
+    name: str
+    order: tuple[int, int, str]
+    num_examples: int = 0
+    description: ConfigRecord | None = None
+
+
+class NodeDirectory:
+    """Keeps track of connected nodes; asks each newcomer once for its description.
+
+    A node whose app does not know ``query.describe`` (any stock Flower ClientApp) takes part under its node id.
+    A node that answers with an error of its own, for instance an unreadable data file, is rejected by name.
+    """
+
+    def __init__(self, grid: Grid, events: EventBus, *, timeout: float = 180.0, poll_interval: float = 0.02) -> None:
+        self._grid = grid
+        self._events = events
+        self._timeout = timeout
+        self._poll_interval = poll_interval
+        self._known: dict[int, NodeInfo] = {}
+        self._rejected: dict[int, str] = {}
+
+    def wait_for(self, min_nodes: int) -> list[NodeInfo]:
+        """All usable nodes in stable order, once there are enough of them.
+
+        Raises:
+            PlanError: fewer than ``min_nodes`` within the timeout; says how many are there and who was rejected.
+        """
+        deadline = time.monotonic() + self._timeout
+        told = -1
+        while True:
+            nodes = self.refresh(max(deadline - time.monotonic(), 0.0))
+            if len(nodes) >= min_nodes:
+                return nodes
+            if len(nodes) != told:
+                told = len(nodes)
+                self._events.emit("waiting-for-nodes", have=told, need=min_nodes)
+            if time.monotonic() >= deadline:
+                raise PlanError(self._too_few(len(nodes), min_nodes))
+            time.sleep(min(0.2, self._timeout / 10))
+
+    def _too_few(self, have: int, need: int) -> str:
+        message = f"{have} usable nodes after {self._timeout:g} s, expected at least {need} (server.min-nodes)"
+        if self._rejected:
+            reasons = "; ".join(sorted(set(self._rejected.values())))
+            message += f"; {len(self._rejected)} rejected: {reasons}"
+        return message + "; connect more nodes, lower server.min-nodes or raise server.node-timeout"
+
+    def refresh(self, timeout: float | None = None) -> list[NodeInfo]:
+        """Usable nodes that are connected now, in stable order; newcomers are described first."""
+        connected = set(self._grid.get_node_ids())
+        # A rejected node gets another chance after it has gone away and come back.
+        self._rejected = {i: reason for i, reason in self._rejected.items() if i in connected}
+        newcomers = connected - set(self._known) - set(self._rejected)
+        if newcomers:
+            self._describe(newcomers, self._timeout if timeout is None else timeout)
+        return sorted((self._known[i] for i in connected & set(self._known)), key=lambda node: node.order)
+
+    def name(self, node_id: int) -> str:
+        """The name under which a node is known; its id if it never described itself."""
+        return self._known[node_id].name if node_id in self._known else str(node_id)
+
+    def _describe(self, node_ids: Iterable[int], timeout: float) -> None:
+        asked = [
+            Message(RecordDict(), dst_node_id=node_id, message_type=DESCRIBE, ttl=timeout + 60)
+            for node_id in sorted(node_ids)
+        ]
+        waiting = set(self._grid.push_messages(asked))
+        deadline = time.monotonic() + timeout
+        while waiting and time.monotonic() < deadline:
+            for reply in self._grid.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                self._register(reply)
+            if waiting:
+                time.sleep(self._poll_interval)
+        if waiting:
+            logger.warning("%d nodes did not describe themselves within %g s", len(waiting), timeout)
+
+    def _register(self, reply: Message) -> None:
+        node_id = reply.metadata.src_node_id
+        if reply.has_error():
+            if "No query function registered" in reply.error.reason:
+                self._known[node_id] = NodeInfo(node_id, str(node_id), (1, node_id, ""))
+            else:
+                self._reject(node_id, str(node_id), reply.error.reason)
+            return
+        description = records_of(reply, ConfigRecord).get(CONFIG, ConfigRecord())
+        name = str(description.get("name", node_id))
+        if "error" in description:
+            self._reject(node_id, name, str(description["error"]))
+            return
+        twin = next((node for node in self._known.values() if node.name == name and node.node_id != node_id), None)
+        if twin is not None and twin.node_id in set(self._grid.get_node_ids()):
+            self._reject(node_id, name, f"another connected node is named {name!r}; give each node a name of its own")
+            return
+        if twin is not None:
+            del self._known[twin.node_id]
+        # Numeric names sort by number, so that client 10 does not stand between 1 and 2.
+        number = int(name) if name.isdecimal() else 0
+        order = (0 if name.isdecimal() else 1, number, name)
+        examples = description.get("num-examples", 0)
+        count = int(examples) if isinstance(examples, int | float) else 0
+        self._known[node_id] = NodeInfo(node_id, name, order, count, description)
+        shown = {key.replace("-", "_"): description[key] for key in SHOWN if key in description}
+        self._events.emit("node-joined", node=name, **shown)
+
+    def _reject(self, node_id: int, name: str, reason: str) -> None:
+        self._rejected[node_id] = f"node {name}: {reason}"
+        self._events.emit("node-rejected", node=name, reason=reason)
+        logger.error("node %s is left out: %s", name, reason)

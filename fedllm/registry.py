@@ -1,0 +1,169 @@
+"""Look-up of strategies, client updates, defences, attacks and sinks by entry point or ``module:Class``.
+
+The built-in ones are registered in the entry-point groups ``fedllm.strategies``, ``fedllm.clients``, … exactly as a
+user's package would register its own. A plug-in's constructor is its configuration: each keyword with an annotation and
+a default is a key ``<plug-in name>.<keyword in kebab-case>``, checked by pydantic before the run starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from fedllm.config import RunConfig, Scalar, describe_validation_error, kebab
+from fedllm.errors import ConfigError, RegistryError
+
+KINDS = ("strategies", "clients", "defences", "attacks", "sinks")
+
+
+@cache
+def _entry_points(kind: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=f"fedllm.{kind}"))
+
+
+def available(kind: str) -> dict[str, EntryPoint]:
+    """Registered plug-ins of a kind by name, in alphabetical order.
+
+    Raises:
+        RegistryError: two packages register the same name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(_entry_points(kind), key=lambda point: point.name):
+        other = found.get(point.name)
+        if other is not None and other.value != point.value:
+            raise RegistryError(
+                f"two plug-ins in fedllm.{kind} are named {point.name!r}: {other.value} and {point.value}; "
+                "uninstall or rename one of them"
+            )
+        found[point.name] = point
+    return found
+
+
+def plugin_names() -> frozenset[str]:
+    """Names of all registered plug-ins; each may have a table of parameters in the configuration."""
+    return frozenset(name for kind in KINDS for name in available(kind))
+
+
+def parameter_table(ref: str) -> str:
+    """The configuration table that holds a plug-in's parameters: its name, or its class name in kebab-case."""
+    return kebab(ref.partition(":")[2]) if ":" in ref else ref
+
+
+def load(kind: str, ref: str) -> type[Any]:
+    """The class behind a registered name or ``module:Class``.
+
+    Raises:
+        RegistryError: no such name (the known ones are listed), or the module or class cannot be imported.
+    """
+    if ":" in ref:
+        module_name, _, class_name = ref.partition(":")
+        try:
+            found = getattr(import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise RegistryError(
+                f"cannot load {ref!r} from fedllm.{kind}: {error}; the module must be importable where the app runs "
+                "(install its package, or put it in the app's folder)"
+            ) from error
+    else:
+        known = available(kind)
+        if ref not in known:
+            near = difflib.get_close_matches(ref, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RegistryError(
+                f"nothing named {ref!r} in fedllm.{kind}; {hint}known: {', '.join(known) or 'none'}; "
+                "your own: module:Class"
+            )
+        found = known[ref].load()
+    if not isinstance(found, type):
+        raise RegistryError(f"{ref!r} in fedllm.{kind} is {found!r}, expected a class")
+    return found
+
+
+def describe(kind: str) -> dict[str, str]:
+    """First docstring line of every registered plug-in of a kind."""
+    return {name: (inspect.getdoc(load(kind, name)) or "").partition("\n")[0] for name in available(kind)}
+
+
+def parameters_model(cls: type[Any]) -> type[BaseModel]:
+    """Pydantic model of a plug-in's constructor keywords, following ``**kwargs`` to the base classes."""
+    fields: dict[str, Any] = {}
+    for base in cls.__mro__:
+        init = base.__dict__.get("__init__")
+        if init is None:
+            continue
+        signature = inspect.signature(init, eval_str=True)
+        passes_on = False
+        for parameter in list(signature.parameters.values())[1:]:
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                passes_on = True
+            elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL and parameter.name not in fields:
+                annotation = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
+                default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+                fields[parameter.name] = (annotation, Field(default))
+        if not passes_on:
+            break
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, alias_generator=kebab, populate_by_name=True)
+    return create_model(f"{cls.__name__}Parameters", __config__=config, **fields)
+
+
+def check_parameters(kind: str, ref: str, parameters: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Validated constructor keywords of a plug-in.
+
+    Raises:
+        ConfigError: an unknown parameter (the nearest known one is named) or a bad value.
+        RegistryError: the plug-in cannot be loaded.
+    """
+    model = parameters_model(load(kind, ref))
+    table = parameter_table(ref)
+    known = {kebab(name): name for name in model.model_fields}
+    for key in parameters:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {table}.{near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise ConfigError(f"unknown configuration key {table}.{key!s}; {hint}")
+    try:
+        validated = model.model_validate(dict(parameters))
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error, table)) from None
+    return {known[key]: getattr(validated, known[key]) for key in parameters}
+
+
+def build(kind: str, ref: str, parameters: Mapping[str, Scalar], **given: Any) -> Any:
+    """Construct a plug-in from its configuration table.
+
+    Args:
+        kind: ``strategies``, ``clients``, ….
+        ref: registered name or ``module:Class``.
+        parameters: its table of the configuration.
+        given: further keywords from the framework; those that the constructor does not take are left out.
+    """
+    keywords = check_parameters(kind, ref, parameters)
+    cls = load(kind, ref)
+    accepted = parameters_model(cls).model_fields
+    return cls(**{name: value for name, value in given.items() if name in accepted} | keywords)
+
+
+def check(config: RunConfig) -> None:
+    """Check that the strategy and the client update exist and take their parameters.
+
+    Raises:
+        ConfigError: a wrong parameter.
+        RegistryError: a plug-in that cannot be found or loaded.
+    """
+    for kind, ref in (("strategies", config.strategy), ("clients", config.client)):
+        check_parameters(kind, ref, config.plugins.get(parameter_table(ref), {}))
+    for ref in config.run.sinks:
+        load("sinks", ref)
+
+
+def config_from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
+    """:class:`RunConfig` from Flower's flat mapping, with the tables of all plug-ins in sight."""
+    own = {parameter_table(ref) for key in ("strategy", "client") if ":" in (ref := str(flat.get(key, "")))}
+    return RunConfig.from_flat(flat, plugin_names() | own)

@@ -1,0 +1,226 @@
+"""The server's side of a run: from the configuration to the run folder with adapter, metrics and report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedllm import __version__, registry
+from fedllm.checkpoint import CheckpointStore
+from fedllm.config import RunConfig, Scalar
+from fedllm.data import label_names, test_examples
+from fedllm.errors import ConfigError
+from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
+from fedllm.exchange import LoopOptions
+from fedllm.models import ModelBundle, load_bundle
+from fedllm.records import CLIENT, CLIENT_PARAMETERS, SEED, UPLOAD_CODEC, decode, encode, wire_bytes
+from fedllm.report import write_report
+from fedllm.rounds import run_rounds
+from fedllm.tasks import get_task
+
+logger = logging.getLogger(__name__)
+
+HIGHER_IS_BETTER = {"accuracy": True, "loss": False}
+"""The metrics that choose the best adapter, the first one present decides."""
+
+
+def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
+    """Run a federated fine-tuning from Flower's flat configuration.
+
+    Leaves ``<run.root>/<run.name>/`` with ``config.json``, ``events.jsonl``, ``checkpoints/``, ``adapter/``, ``best/``,
+    ``metrics.csv``, ``curves.png`` and ``report.html``.
+
+    Raises:
+        FedLLMError: bad configuration or data before work starts; later, a run that cannot go on.
+    """
+    logging.getLogger("fedllm").setLevel(logging.INFO)
+    config = registry.config_from_flat(flat)
+    registry.check(config)
+    folder = run_folder(config)
+    _claim(folder, config)
+    logger.info("run folder: %s", folder)
+    with EventBus(_sinks(config, folder)) as events:
+        started = time.monotonic()
+        try:
+            result = _Run(grid, config, folder, events).execute()
+        except BaseException as error:
+            events.emit("run-failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        metrics = _last_metrics(result)
+        events.emit("run-finished", rounds=config.rounds, seconds=time.monotonic() - started, metrics=metrics)
+    write_report([folder], folder / "report.html")
+    return result
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Absolute folder of a run; a run without a name gets the date and time."""
+    name = config.run.name or time.strftime("run-%Y%m%d-%H%M%S")
+    return (Path(config.run.root).expanduser() / name).resolve()
+
+
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Create the run folder, or check that an existing one is to be resumed."""
+    if not config.run.resume and (folder / "events.jsonl").exists():
+        raise ConfigError(
+            f"run.name: {folder} already holds a run; choose another name, or set run.resume=true to go on with it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_flat(), indent=1) + "\n", encoding="utf-8")
+
+
+def _sinks(config: RunConfig, folder: Path) -> list[EventSink]:
+    further = [registry.load("sinks", name)(folder) for name in config.run.sinks]
+    return [JsonlSink(folder / "events.jsonl"), LogSink(), *further]
+
+
+class _Run:
+    """The pieces of one run."""
+
+    def __init__(self, grid: Grid, config: RunConfig, folder: Path, events: EventBus) -> None:
+        self.grid = grid
+        self.config = config
+        self.folder = folder
+        self.events = events
+        self.task = get_task(config.task)
+        labels = label_names(config) if config.task == "sequence-classification" else ()
+        self.bundle: ModelBundle = load_bundle(config, labels)
+        self.test = test_examples(config, self.bundle.tokenizer) if config.server.evaluate_every else None
+        self.best: tuple[float, int] | None = None
+
+    def execute(self) -> Result:
+        config = self.config
+        strategy = self._strategy()
+        initial = encode(self.bundle.adapter_state())
+        checkpoints = CheckpointStore(
+            self.folder / "checkpoints", config.fingerprint(), config.run.keep_checkpoints
+        )
+        self.events.emit(
+            "run-started",
+            run=self.folder.name,
+            strategy=config.strategy,
+            client=config.client,
+            task=config.task,
+            rounds=config.rounds,
+            config=config.to_flat(),
+            version=__version__,
+            parameters=sum(parameter.numel() for parameter in self.bundle.trainable().values()),
+            adapter_bytes=wire_bytes(initial),
+        )
+        result = run_rounds(
+            strategy,
+            self.grid,
+            initial,
+            config.rounds,
+            train_config=self._train_config(),
+            evaluate_fn=self._evaluate if self.test is not None else None,
+            options=self._options(),
+            events=self.events,
+            checkpoints=checkpoints,
+            resume=config.run.resume,
+            after_round=self._keep_best,
+        )
+        self.bundle.save_adapter(self.folder / "adapter", decode(result.arrays))
+        return result
+
+    def _strategy(self) -> Strategy:
+        config = self.config
+        strategy = registry.build(
+            "strategies",
+            config.strategy,
+            config.plugins.get(registry.parameter_table(config.strategy), {}),
+            fraction_train=config.server.fraction_train,
+            fraction_evaluate=config.server.fraction_evaluate,
+            min_available_nodes=config.server.min_nodes,
+            seed=config.seed,
+            download_codec=config.wire.download_codec,
+        )
+        if not isinstance(strategy, Strategy):
+            raise ConfigError(
+                f"strategy: {config.strategy!r} is a {type(strategy).__name__}, expected a "
+                "flwr.serverapp.strategy.Strategy"
+            )
+        return strategy
+
+    def _train_config(self) -> ConfigRecord:
+        config = self.config
+        parameters = config.plugins.get(registry.parameter_table(config.client), {})
+        return ConfigRecord(
+            {
+                CLIENT: config.client,
+                CLIENT_PARAMETERS: json.dumps(parameters),
+                SEED: config.seed,
+                UPLOAD_CODEC: config.wire.upload_codec,
+            }
+        )
+
+    def _options(self) -> LoopOptions:
+        server = self.config.server
+        return LoopOptions(
+            min_nodes=server.min_nodes,
+            node_timeout=server.node_timeout,
+            quorum=server.quorum,
+            deadline=server.deadline,
+            round_timeout=server.round_timeout,
+            max_failed_rounds=server.max_failed_rounds,
+            spool_bytes=int(server.spool_megabytes * 2**20),
+            poll_interval=server.poll_interval,
+        )
+
+    def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Metrics of the global adapter on the server's test rows, when they are due."""
+        last = server_round == self.config.rounds
+        if server_round % self.config.server.evaluate_every and not last:
+            return None
+        assert self.test is not None
+        self.bundle.load_adapter_state(decode(arrays))
+        metrics = self.task.evaluate(
+            self.bundle.model,
+            self.test,
+            self.config.server.evaluate_batch_size,
+            self.bundle.tokenizer.pad_token_id,
+            self.bundle.device,
+        )
+        return MetricRecord(dict(metrics))
+
+    def _keep_best(self, server_round: int, arrays: ArrayRecord, result: Result) -> None:
+        """Save the adapter of the round with the best evaluation so far in ``best/``."""
+        if self.best is None:
+            self.best = _best_before(server_round, result)
+        score = _score(_metrics_of(server_round, result))
+        if score is not None and (self.best is None or score > self.best[0]):
+            self.best = (score, server_round)
+            self.bundle.save_adapter(self.folder / "best", decode(arrays))
+
+
+def _metrics_of(server_round: int, result: Result) -> Mapping[str, Any]:
+    """The evaluation of a round: the server's where there is one, else the clients'."""
+    for metrics in (result.evaluate_metrics_serverapp, result.evaluate_metrics_clientapp):
+        if server_round in metrics:
+            return dict(metrics[server_round])
+    return {}
+
+
+def _score(metrics: Mapping[str, Any]) -> float | None:
+    for name, higher in HIGHER_IS_BETTER.items():
+        if name in metrics:
+            return float(metrics[name]) if higher else -float(metrics[name])
+    return None
+
+
+def _best_before(server_round: int, result: Result) -> tuple[float, int] | None:
+    """The best score of earlier rounds: after a resume the history knows it."""
+    scores = [(score, r) for r in range(1, server_round) if (score := _score(_metrics_of(r, result))) is not None]
+    return max(scores, default=None, key=lambda pair: (pair[0], -pair[1]))
+
+
+def _last_metrics(result: Result) -> dict[str, Any]:
+    rounds = result.evaluate_metrics_serverapp.keys() | result.evaluate_metrics_clientapp.keys()
+    return dict(_metrics_of(max(rounds), result)) if rounds else {}

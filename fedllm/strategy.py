@@ -1,0 +1,295 @@
+"""The base of fedllm's strategies: a Flower ``Strategy`` made of a plan, an accumulator and a server optimiser.
+
+``start`` runs the round loop of :mod:`fedllm.rounds`; everything else follows Flower's interface, so a strategy can be
+dropped into any ServerApp. A method overrides as little as it needs:
+
+* :meth:`BaseStrategy.select` – whom to ask,
+* :meth:`BaseStrategy.arrays_for` and :meth:`BaseStrategy.config_for` – what each client gets,
+* :meth:`BaseStrategy.accumulator` – how replies are folded,
+* ``server_optimizer`` – what becomes of the result,
+* :meth:`BaseStrategy.state_dict` – what a checkpoint must keep.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Protocol
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from pydantic import Field
+
+from fedllm.accumulate import Accumulator, MetricsMean, Reply, WeightedMean
+from fedllm.errors import PlanError
+from fedllm.nodes import NodeInfo
+from fedllm.records import (
+    NUM_EXAMPLES,
+    SERVER_ROUND,
+    UPLOAD_CODEC,
+    Codec,
+    ReplySpec,
+    check_num_examples,
+    decode,
+    encode,
+    only_arrays,
+    only_metrics,
+    records_of,
+    release,
+    spec_of,
+)
+from fedllm.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class ServerOptimizer(Protocol):
+    """Turns the folded result of a round into the next global model."""
+
+    def step(
+        self, server_round: int, current: Mapping[str, torch.Tensor], folded: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The next global model from the current one and the folded replies; all float32."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: tensors and JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        ...
+
+
+class BaseStrategy(Strategy):
+    """Sample clients, send them the global adapter, fold what they return.
+
+    Args:
+        fraction_train: share of the nodes that train in a round.
+        fraction_evaluate: share of the nodes that evaluate after a round.
+        min_train_nodes: at least so many train, whatever the fraction.
+        min_evaluate_nodes: at least so many evaluate, unless ``fraction_evaluate`` is 0.
+        min_available_nodes: nodes that must be connected for a round.
+        weighted_by_key: the metric of a reply that weighs it.
+        arrayrecord_key: name of the arrays in messages.
+        configrecord_key: name of the configuration in messages.
+        seed: seed of the sampling; the same seed asks the same clients in the same rounds.
+        download_codec: how the global adapter travels to the clients.
+        server_optimizer: what becomes of the folded replies; None: they are the next global adapter.
+    """
+
+    def __init__(
+        self,
+        *,
+        fraction_train: Fraction = 1.0,
+        fraction_evaluate: Fraction = 1.0,
+        min_train_nodes: Count = 1,
+        min_evaluate_nodes: Count = 1,
+        min_available_nodes: Count = 1,
+        weighted_by_key: str = NUM_EXAMPLES,
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        seed: int = 0,
+        download_codec: Codec = "fp32",
+        server_optimizer: ServerOptimizer | None = None,
+    ) -> None:
+        self.fraction_train = fraction_train
+        self.fraction_evaluate = fraction_evaluate
+        self.min_train_nodes = min_train_nodes
+        self.min_evaluate_nodes = min_evaluate_nodes
+        self.min_available_nodes = min_available_nodes
+        self.weighted_by_key = weighted_by_key
+        self.arrayrecord_key = arrayrecord_key
+        self.configrecord_key = configrecord_key
+        self.seed = seed
+        self.download_codec: Codec = download_codec
+        self.server_optimizer = server_optimizer
+        self.nodes: Sequence[NodeInfo] = ()
+        self._current: dict[str, torch.Tensor] = {}
+        self._sent: dict[int, ArrayRecord] = {}
+
+    # ------------------------------------------------------------------ plan
+
+    def connected(self, grid: Grid) -> Sequence[NodeInfo]:
+        """The nodes to choose from: those that the round loop described, else whatever the grid knows."""
+        return self.nodes or [NodeInfo(i, str(i), (1, i, "")) for i in sorted(grid.get_node_ids())]
+
+    def select(self, server_round: int, nodes: Sequence[NodeInfo], count: int, purpose: str) -> list[NodeInfo]:
+        """Choose ``count`` nodes, the same ones for the same seed, round and set of nodes; in stable order."""
+        chooser = random.Random(derive_seed(self.seed, server_round, purpose))
+        chosen = chooser.sample(range(len(nodes)), min(count, len(nodes)))
+        return [nodes[index] for index in sorted(chosen)]
+
+    def arrays_for(self, node: NodeInfo, arrays: ArrayRecord) -> ArrayRecord:
+        """The arrays that a client gets; ``arrays`` is the encoded global adapter."""
+        return arrays
+
+    def config_for(self, node: NodeInfo, config: ConfigRecord) -> ConfigRecord:
+        """The configuration that a client gets; return a copy to change it for one client."""
+        return config
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages for the clients that train in this round, in stable order."""
+        self._current = decode(arrays)
+        if self.fraction_train == 0:
+            return []
+        return self._messages(
+            server_round, arrays, config, grid, MessageType.TRAIN, self.fraction_train, self.min_train_nodes
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages for the clients that evaluate after this round; none if ``fraction_evaluate`` is 0."""
+        if self.fraction_evaluate == 0:
+            return []
+        return self._messages(
+            server_round, arrays, config, grid, MessageType.EVALUATE, self.fraction_evaluate, self.min_evaluate_nodes
+        )
+
+    def _messages(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+        kind: str,
+        fraction: float,
+        minimum: int,
+    ) -> list[Message]:
+        nodes = self.connected(grid)
+        if len(nodes) < self.min_available_nodes:
+            raise PlanError(
+                f"round {server_round}: {len(nodes)} nodes are connected, expected at least "
+                f"{self.min_available_nodes} (min_available_nodes)"
+            )
+        chosen = self.select(server_round, nodes, max(int(len(nodes) * fraction), minimum), kind)
+        config[SERVER_ROUND] = server_round
+        encoded = arrays if self.download_codec == "fp32" else encode(decode(arrays), self.download_codec)
+        self._sent = {}
+        messages, contents = [], dict[tuple[int, int], RecordDict]()
+        for node in chosen:
+            own_arrays, own_config = self.arrays_for(node, encoded), self.config_for(node, config)
+            self._sent[node.node_id] = own_arrays
+            # Clients with the same payload share one content, which is then stored and hashed once.
+            content = contents.setdefault(
+                (id(own_arrays), id(own_config)),
+                RecordDict({self.arrayrecord_key: own_arrays, self.configrecord_key: own_config}),
+            )
+            messages.append(Message(content, dst_node_id=node.node_id, message_type=kind, group_id=str(server_round)))
+        return messages
+
+    # --------------------------------------------------------------- replies
+
+    def reply_spec(self, sent: Message) -> ReplySpec:
+        """What the arrays of a training reply must be; by default what the client was sent."""
+        config = records_of(sent, ConfigRecord).get(self.configrecord_key, ConfigRecord())
+        return spec_of(only_arrays(sent), config.get(UPLOAD_CODEC))  # type: ignore[arg-type]
+
+    def open_reply(self, message: Message) -> Reply:
+        """Decode a reply that has passed :func:`fedllm.records.check_reply`."""
+        metrics = only_metrics(message)
+        node_id = message.metadata.src_node_id
+        record = only_arrays(message)
+        relative = any(array.stype.endswith("+delta") for array in record.values())
+        reference = decode(self._sent[node_id]) if relative else None
+        name = next((node.name for node in self.nodes if node.node_id == node_id), str(node_id))
+        numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+        weight = check_num_examples(metrics, self.weighted_by_key)
+        return Reply(name, weight, decode(record, reference), numbers, message.content)
+
+    def accumulator(self) -> Accumulator:
+        """A fresh accumulator for a round."""
+        return WeightedMean()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the replies as they come, then let the server optimiser make the next global adapter."""
+        accumulator, metrics, count = self.accumulator(), MetricsMean(), 0
+        for message in replies:
+            if message.has_error():
+                continue
+            reply = self.open_reply(message)
+            accumulator.add(reply)
+            metrics.add(reply.metrics, reply.weight)
+            count += 1
+            release(message)
+        if count == 0:
+            return None, None
+        folded = accumulator.result()
+        if self.server_optimizer is not None:
+            folded = self.server_optimizer.step(server_round, self._current, folded)
+        return encode(folded), MetricRecord(dict(metrics.result()))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Mean of the clients' metrics, weighted by their examples."""
+        metrics, count = MetricsMean(), 0
+        for message in replies:
+            if not message.has_error():
+                record = only_metrics(message)
+                metrics.add(record, check_num_examples(record, self.weighted_by_key))
+                count += 1
+        return MetricRecord(dict(metrics.result())) if count else None
+
+    # ----------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later rounds depend on besides the global arrays."""
+        return {} if self.server_optimizer is None else {"server-optimizer": self.server_optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        if self.server_optimizer is not None:
+            self.server_optimizer.load_state_dict(state["server-optimizer"])
+
+    def settings(self) -> dict[str, object]:
+        """What :meth:`summary` prints, by name."""
+        return {
+            "fraction_train": self.fraction_train,
+            "fraction_evaluate": self.fraction_evaluate,
+            "server_optimizer": "none" if self.server_optimizer is None else repr(self.server_optimizer),
+            "download_codec": self.download_codec,
+            "seed": self.seed,
+        }
+
+    def summary(self) -> None:
+        """Log the settings as a tree."""
+        lines = [f"{name}: {value}" for name, value in self.settings().items()]
+        for line in lines[:-1]:
+            logger.info("\t├── %s", line)
+        logger.info("\t└── %s", lines[-1])
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run all rounds with fedllm's loop; see :func:`fedllm.rounds.run_rounds` for more control."""
+        from fedllm.exchange import LoopOptions
+        from fedllm.rounds import run_rounds
+
+        options = LoopOptions(min_nodes=self.min_available_nodes, deadline=timeout, round_timeout=timeout)
+        return run_rounds(
+            self,
+            grid,
+            initial_arrays,
+            num_rounds,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+            options=options,
+        )

@@ -1,0 +1,1 @@
+"""Server strategies, one module or folder per method; imported as ``fedllm.strategies``."""
