@@ -145,11 +145,16 @@ class Exchange:
                 for index in [i for i in spool.indices if i < frontier]:
                     yield spool.take(index)
                 if self._open and not arrived:
-                    time.sleep(self._options.poll_interval)
+                    time.sleep(self._pause())
             self._drop_silent()
             for index in spool.indices:
                 yield spool.take(index)
         self._require_quorum()
+
+    def _pause(self) -> float:
+        """Short at first, for clients that answer at once, then as long as configured."""
+        elapsed = time.monotonic() - self._started
+        return min(self._options.poll_interval, max(elapsed / 10, 0.002))
 
     def _closed(self) -> bool:
         elapsed = time.monotonic() - self._started

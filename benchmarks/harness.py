@@ -1,0 +1,101 @@
+"""What all benchmarks share: arguments, the machine's description, tables, and running a Flower app to its end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tomli_w
+from rich.console import Console
+from rich.table import Table
+
+APPS = Path(__file__).parent / "apps"
+console = Console()
+
+
+def arguments(description: str, **extra: Any) -> argparse.Namespace:
+    """Parse ``--json FILE``, ``--quick`` and ``--seed``; ``extra`` maps further options to their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, seeds and the machine here")
+    parser.add_argument("--quick", action="store_true", help="at most 10 minutes on 2 cores; same keys")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    for name, default in extra.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def machine() -> dict[str, str | int | float]:
+    """The machine and the versions that a figure belongs to, as flat keys."""
+    import flwr
+    import torch
+    import transformers
+
+    return {
+        "machine_cpus": len(os.sched_getaffinity(0)),
+        "machine_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "machine_processor": platform.machine(),
+        "machine_gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python_version": platform.python_version(),
+        "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
+        "flwr_version": flwr.__version__,
+    }
+
+
+def report(args: argparse.Namespace, figures: Mapping[str, Any], rows: Sequence[Sequence[object]], title: str) -> None:
+    """Print a table (first row: its head), say what machine it was, and write the JSON file if asked for."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(rows[0]):
+        table.add_column(str(name), justify="left" if index == 0 else "right")
+    for row in rows[1:]:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)
+    described = machine()
+    console.print(", ".join(f"{key}={value}" for key, value in described.items()), style="dim")
+    if args.json:
+        content = {**figures, "seed": args.seed, "quick": args.quick, **described}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {args.json}")
+
+
+def run_app(app: Path, federation: Mapping[str, int | float], timeout: float = 3600.0) -> float:
+    """Run a Flower app under a SuperLink of its own; returns the seconds that it took.
+
+    Raises:
+        RuntimeError: the run failed; the end of its log is part of the message.
+    """
+    from fedllm.superlink import PrivateSuperLink
+
+    started = time.perf_counter()
+    with PrivateSuperLink() as link:
+        run_id = link.start_run(app, federation)
+        while not (status := link.status(run_id)).finished:
+            if time.perf_counter() - started > timeout:
+                raise RuntimeError(f"{app.name} did not finish within {timeout:g} s")
+            time.sleep(1)
+        if not status.completed:
+            raise RuntimeError(f"{app.name}: {status.status} {status.details}\n{link.app_log(run_id)[-4000:]}")
+    return time.perf_counter() - started
+
+
+def stage(app: str, target: Path, config: Mapping[str, Any]) -> Path:
+    """Copy one of the benchmark apps and set keys of its configuration."""
+    folder = target / app
+    shutil.copytree(APPS / app, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    pyproject = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    settings = pyproject["tool"]["flwr"]["app"]["config"]
+    if unknown := set(config) - set(settings):
+        raise KeyError(f"{app} has no configuration keys {unknown}")
+    settings.update(config)
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(pyproject), encoding="utf-8")
+    return folder

@@ -1,0 +1,87 @@
+"""`fedllm list`: what is installed, and every configuration key."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedllm import registry
+from fedllm.config import RunConfig
+from fedllm.scaffold import choices_of
+
+Keys = list[dict[str, Any]]
+Plugins = dict[str, dict[str, str]]
+
+
+def plugins() -> Plugins:
+    """One line on every strategy, client, defence, attack, sink and task, by kind and name."""
+    return {kind: registry.describe(kind) for kind in registry.KINDS} | {"tasks": _tasks()}
+
+
+def keys() -> Keys:
+    """Every configuration key with its type, choices, default and description."""
+    defaults = RunConfig().to_flat()
+    return [
+        {
+            "key": key,
+            "type": type(defaults[key]).__name__,
+            "choices": list(choices_of(field)),
+            "default": defaults[key],
+            "description": field.description,
+        }
+        for key, field in RunConfig.keys().items()
+    ]
+
+
+def print_plugins(found: Plugins, console: Console) -> None:
+    """Print what :func:`plugins` returns, one line each."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    for kind, entries in found.items():
+        if not entries:
+            continue
+        table.add_row(Text(kind, style="bold"))
+        for name, description in entries.items():
+            table.add_row(Text(f"  {name}", style="cyan"), description)
+    console.print(table)
+    console.print(
+        Text("a class of your own works as well: -c 'strategy=\"my_package.module:Class\"'", style="dim")
+    )
+
+
+def print_keys(found: Keys, console: Console) -> None:
+    """Print what :func:`keys` returns, grouped by section."""
+    section = None
+    for entry in found:
+        table, _, _ = entry["key"].rpartition(".")
+        if table != section:
+            section = table
+            console.print(Text(f"\n[{section}]" if section else "[general]", style="bold"))
+        line = Text(entry["key"], style="cyan")
+        line.append(f" = {_shown(entry['default'])}", style="default")
+        line.append(f"  {' | '.join(entry['choices']) or entry['type']}", style="green")
+        console.print(line)
+        console.print(Text(f"    {entry['description']}", style="dim"))
+    console.print(
+        Text("\nparameters of a strategy or client: <its name>.<parameter>, e.g. fedadam.eta", style="dim")
+    )
+
+
+def _tasks() -> dict[str, str]:
+    from fedllm.tasks import get_task
+
+    names = get_args(RunConfig.model_fields["task"].annotation)
+    return {name: (inspect.getdoc(get_task(name)) or "").partition("\n")[0] for name in names}
+
+
+def _shown(value: object) -> str:
+    return (
+        f'"{value}"'
+        if isinstance(value, str)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )

@@ -1,0 +1,289 @@
+"""A base model with its adapter: loaded once per process, its adapter state copied in and out in place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedllm.base_models import BaseModel, load_base, resolve_device, seeded
+from fedllm.config import ModelConfig, RunConfig
+from fedllm.errors import ModelError
+from fedllm.lora_targets import build_peft_config
+from fedllm.model_sources import canonical_name, quiet_transformers
+from fedllm.seeding import derive_seed
+
+_DESCRIPTION = "fedllm.json"
+_WEIGHTS = "adapter_model.safetensors"
+_BUNDLES: dict[str, ModelBundle] = {}
+_LOCK = threading.Lock()
+
+
+@dataclass
+class ModelBundle:
+    """A frozen base model with a trainable adapter, and its tokenizer.
+
+    The adapter holds whatever its last user left in it; load a state before relying on it.
+
+    Attributes:
+        model: in evaluation mode unless a user switched it.
+        tokenizer: with a padding token.
+        device: where the model is.
+        config: where the base model came from.
+        task: ``sequence-classification`` or ``causal-lm``.
+        labels: class names in order; empty for causal-lm.
+        initial_state: the adapter as it was drawn from the seed, see :meth:`adapter_state`.
+    """
+
+    model: peft.PeftModel
+    tokenizer: Any
+    device: torch.device
+    config: ModelConfig
+    task: str
+    labels: tuple[str, ...]
+    initial_state: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A name belongs to the parameter that shares its memory: this holds however peft builds names.
+        live = {p.data_ptr(): p for p in self.model.parameters() if p.requires_grad}
+        state = peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        self._trainable = {name: live[tensor.data_ptr()] for name, tensor in state.items()}
+        in_heads = {
+            id(parameter)
+            for module in self.model.modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            for parameter in module.modules_to_save.parameters()
+        }
+        self._heads = frozenset(name for name, p in self._trainable.items() if id(p) in in_heads)
+        self.initial_state = self.adapter_state()
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The live parameters by PEFT state-dict name, in the model's order."""
+        return dict(self._trainable)
+
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter belongs to a head, which is trained in full, and not to a low-rank factor."""
+        return name in self._heads
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Float32 copies on the CPU of all trainable parameters, in the order of :meth:`trainable`."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in self._trainable.items()
+        }
+
+    def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy a state into the live parameters, which stay where they are in memory.
+
+        Raises:
+            ModelError: a key is missing or unknown, a shape or rank differs, or a value is not finite; the
+                model is unchanged then.
+        """
+        self._check_state(state)
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                parameter.copy_(state[name])
+
+    def save_adapter(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads, with tokenizer and labels.
+
+        The folder appears whole: a reader never finds a half-written one.
+
+        Args:
+            folder: replaced if it exists.
+            state: the adapter to write; None: the model's own.
+
+        Raises:
+            ModelError: the state does not fit the model.
+            OSError: the disk is full or the folder cannot be written.
+        """
+        if state is None:
+            state = self.adapter_state()
+        self._check_state(state)
+        settings: Any = copy.copy(self.model.peft_config["default"])
+        settings.inference_mode = True
+        settings.base_model_name_or_path = canonical_name(self.config.name)
+        settings.revision = self.config.revision
+        settings.target_modules = sorted(
+            settings.target_modules
+        )  # a set is written in another order every time
+        description = {
+            "base-model": settings.base_model_name_or_path,
+            "revision": self.config.revision,
+            "task": self.task,
+            "labels": list(self.labels),
+        }
+        with _replacing(folder) as target:
+            tensors = {
+                name: state[name].detach().to("cpu", torch.float32).contiguous() for name in self._trainable
+            }
+            save_file(tensors, target / _WEIGHTS, metadata={"format": "pt"})
+            settings.save_pretrained(str(target))
+            self.tokenizer.save_pretrained(target)
+            (target / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def gradient_checkpointing(self, on: bool = True) -> Iterator[None]:
+        """Recompute activations in the backward pass instead of keeping them, in training mode only.
+
+        The non-reentrant form is used: it finds the adapter's parameters by itself, whereas the reentrant one
+        yields no gradients when the input of a block needs none, as behind frozen embeddings.
+        """
+        if not on:
+            yield
+            return
+        base: Any = self.model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            yield
+        finally:
+            base.gradient_checkpointing_disable()
+
+    def _check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        missing = [name for name in self._trainable if name not in state]
+        extra = [name for name in state if name not in self._trainable]
+        if missing or extra:
+            raise ModelError(
+                f"the adapter is not of this model ({self.config.name}): "
+                f"{_count(missing, 'missing')}; {_count(extra, 'unexpected')}"
+            )
+        for name, parameter in self._trainable.items():
+            tensor = state[name]
+            if tensor.shape != parameter.shape:
+                raise ModelError(_describe_shapes(name, tuple(tensor.shape), tuple(parameter.shape)))
+            if not tensor.is_floating_point():
+                raise ModelError(f"adapter tensor {name}: expected floating point, found {tensor.dtype}")
+            if not torch.isfinite(tensor).all():
+                raise ModelError(f"adapter tensor {name} holds values that are not finite (NaN or Inf)")
+
+
+def load_bundle(config: RunConfig, labels: tuple[str, ...] = ()) -> ModelBundle:
+    """The model, adapter and tokenizer of a run, loaded once per process.
+
+    Heads and low-rank factors are drawn from ``config.seed``; the caller's random state is left as it was.
+
+    Args:
+        config: its model, lora, task and seed decide what is loaded.
+        labels: class names in order, for sequence classification.
+
+    Raises:
+        ModelError: the model is not there, does not fit the task, or a module name matches nothing.
+    """
+    key = json.dumps(
+        [config.model.model_dump(), config.lora.model_dump(), config.task, labels, config.seed],
+        sort_keys=True,
+    )
+    with _LOCK:
+        if key not in _BUNDLES:
+            _BUNDLES[key] = _build_bundle(config, labels)
+        return _BUNDLES[key]
+
+
+def clear_bundles() -> None:
+    """Forget all loaded models, so that their memory can be freed."""
+    with _LOCK:
+        _BUNDLES.clear()
+
+
+def merge_adapter(adapter: Path, out: Path) -> None:
+    """Add a saved adapter to its base model in float32 and write an ordinary transformers folder.
+
+    Args:
+        adapter: a folder written by :meth:`ModelBundle.save_adapter`.
+        out: the new folder; replaced if it exists.
+
+    Raises:
+        ModelError: the adapter folder is incomplete, or its base model is not there.
+        OSError: the disk is full or the folder cannot be written.
+    """
+    for name in (_DESCRIPTION, "adapter_config.json", _WEIGHTS):
+        if not (adapter / name).is_file():
+            raise ModelError(f"adapter folder {adapter} lacks {name}; expected one written by a fedllm run")
+    try:
+        description = json.loads((adapter / _DESCRIPTION).read_text(encoding="utf-8"))
+        model = ModelConfig(name=description["base-model"], revision=description["revision"])
+        task, labels = description["task"], tuple(description["labels"])
+        settings = peft.LoraConfig.from_pretrained(str(adapter))
+        state = load_file(adapter / _WEIGHTS)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"adapter folder {adapter} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    settings.inference_mode = False
+    device = torch.device("cpu")
+    base = load_base(model, task, labels, device, seed=0)
+    bundle = ModelBundle(_adapt(base, settings, seed=0), base.tokenizer, device, model, task, labels)
+    bundle.load_adapter_state(state)
+    with _replacing(out) as folder, quiet_transformers():
+        bundle.model.merge_and_unload().save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+
+
+def _build_bundle(config: RunConfig, labels: tuple[str, ...]) -> ModelBundle:
+    device = resolve_device(config.model.device)
+    base = load_base(config.model, config.task, labels, device, derive_seed(config.seed, "heads"))
+    settings = build_peft_config(config.lora, config.task, base.model, base.heads)
+    model = _adapt(base, settings, derive_seed(config.seed, "adapter"))
+    return ModelBundle(model, base.tokenizer, device, config.model, config.task, labels)
+
+
+def _adapt(base: BaseModel, settings: peft.LoraConfig, seed: int) -> Any:
+    with seeded(seed), quiet_transformers():
+        model: Any = peft.get_peft_model(base.model, settings)
+    model.peft_config["default"].modules_to_save = list(base.heads) or None  # peft adds names of its own
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+            module.modules_to_save["default"].register_forward_pre_hook(_to_float32)
+    return model.eval()
+
+
+def _to_float32(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A head is trained in float32 whatever the dtype of the base that feeds it."""
+    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Give a new folder to fill, and put it in the place of ``folder`` when that went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        try:
+            yield new
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        if folder.exists():
+            folder.rename(old)  # a folder cannot be renamed onto one that is not empty
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+
+
+def _count(names: list[str], what: str) -> str:
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} {what}" + (f" ({shown})" if names else "")
+
+
+def _describe_shapes(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    rank_axis = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
+    two_axes = len(found) == len(expected) == 2
+    if rank_axis is not None and two_axes and found[1 - rank_axis] == expected[1 - rank_axis]:
+        return f"{name}: adapter of rank {found[rank_axis]}, expected rank {expected[rank_axis]}"
+    return f"{name}: adapter tensor of shape {found}, expected {expected}"

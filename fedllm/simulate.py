@@ -1,0 +1,249 @@
+"""`fedllm simulate`: check everything, run the app on a private SuperLink, and tell the truth at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedllm import __version__, registry
+from fedllm.app_config import App, read_app, read_saved, resolve, stage
+from fedllm.config import RunConfig, Scalar
+from fedllm.errors import ConfigError
+from fedllm.history import RunHistory
+from fedllm.narration import format_seconds, format_value
+from fedllm.superlink import PrivateSuperLink, tail
+from fedllm.watch import Display, Outcome, last_traceback, watch
+
+if TYPE_CHECKING:
+    from fedllm.data import DataSummary
+
+INTERRUPTED = 130
+_RESULTS = {"adapter": "adapter", "best": "best", "report": "report.html", "curves": "curves.png",
+            "metrics": "metrics.csv", "log": "flower.log"}  # fmt: skip
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has been checked and can start; ``folder`` is the app's as the user wrote it."""
+
+    app: App
+    config: RunConfig
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run's results."""
+        return Path(self.config.run.root) / self.config.run.name
+
+
+def prepare(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    resume: str | None = None,
+    clients: int | None = None,
+    rounds: int | None = None,
+) -> Job:
+    """Read and check an app's configuration; nothing is started or written.
+
+    Args:
+        folder: the app.
+        overrides: ``-c`` values.
+        name: name of the run; the app's name with date and time if not given here or in the configuration.
+        resume: name of an earlier run to go on with, whose saved configuration replaces the app's.
+        clients: number of simulated clients, in place of ``simulation.clients``.
+        rounds: number of rounds, in place of ``rounds``.
+
+    Raises:
+        ConfigError: a wrong key or value, a run folder that exists, or nothing to resume.
+        RegistryError: an unknown strategy, client or sink.
+    """
+    app = read_app(folder)
+    flat = resolve(app, overrides)
+    if resume is not None:
+        saved = read_saved(Path(str(flat["run.root"])) / _checked_name(resume))
+        flat = {**resolve(app, overrides, saved=saved), "run.root": flat["run.root"]}
+    options: Mapping[str, Scalar | None] = {
+        "simulation.clients": clients,
+        "rounds": rounds,
+        "run.name": resume or name or flat.get("run.name") or f"{app.name}-{datetime.now():%Y%m%d-%H%M%S}",
+        "run.resume": True if resume is not None else None,
+    }
+    flat |= {key: value for key, value in options.items() if value is not None}
+    sys.path.insert(0, str(app.folder))  # a plug-in may live in the app's own folder
+    config = registry.config_from_flat(flat)
+    if "server.min-nodes" not in flat:
+        server = config.server.model_copy(update={"min_nodes": config.simulation.clients})
+        config = config.model_copy(update={"server": server})
+    registry.check(config)
+    _check_simulation(config)
+    job = Job(app, config, folder)
+    _check_run_folder(job, saved_clients=saved.get("simulation.clients") if resume is not None else None)
+    return job
+
+
+def check_inputs(config: RunConfig) -> DataSummary:
+    """Check that the model and the data can be had and that every client gets some.
+
+    Raises:
+        ModelError: the model cannot be found.
+        DataError: rows, columns or labels are missing, or a client would have none.
+    """
+    from fedllm.data import check_data
+    from fedllm.model_sources import check_model
+
+    check_model(config.model)
+    return check_data(config, config.simulation.clients)
+
+
+def simulate(job: Job, console: Console, *, quiet: bool = False) -> int:
+    """Run a job to its end and return the exit code: 0 only if the run really finished.
+
+    Args:
+        job: from :func:`prepare`.
+        console: where progress goes.
+        quiet: print errors and the closing lines only.
+    """
+    try:
+        with PrivateSuperLink() as link:
+            staged = stage(job.app, job.config, link.home / "staged-app")
+            run_id = link.start_run(staged, federation_config(job.config))
+            try:
+                outcome = watch(link, run_id, job.run_dir, Display(console, quiet))
+            except (KeyboardInterrupt, SystemExit):
+                console.print("stopping the run …", style="yellow")
+                _save_log(link, run_id, job.run_dir)
+                link.stop_run(run_id)
+                raise
+            log = _save_log(link, run_id, job.run_dir)
+    except KeyboardInterrupt:
+        console.print(_resume_hint(job), markup=False, soft_wrap=True)
+        return INTERRUPTED
+    if outcome.good:
+        _print_results(job, outcome.history, console)
+        return 0
+    _print_failure(job, outcome, log)
+    return 1
+
+
+def federation_config(config: RunConfig) -> dict[str, int | float]:
+    """What ``flwr run --federation-config`` needs to know."""
+    simulation = config.simulation
+    return {
+        "num-supernodes": simulation.clients,
+        "client-resources-num-cpus": simulation.cpus_per_client,
+        "client-resources-num-gpus": simulation.gpus_per_client,
+    }
+
+
+def print_plan(job: Job, data: DataSummary, console: Console) -> None:
+    """Show what is about to run, on which data, and where the results go."""
+    config = job.config
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan")
+    grid.add_column(overflow="fold")
+    grid.add_row("app", str(job.app.folder))
+    grid.add_row("method", f"{config.strategy} with {config.client} clients, {config.rounds} rounds")
+    grid.add_row("model", f"{config.model.name}, LoRA rank {config.lora.rank}")
+    for label, text in data.lines():
+        grid.add_row(label, text)
+    grid.add_row("results", str(job.run_dir))
+    console.print(Text(f"fedllm {__version__} · {config.run.name}", style="bold"))
+    console.print(grid)
+
+
+def _checked_name(name: str) -> str:
+    if not _RUN_NAME.fullmatch(name):
+        raise ConfigError(f"run.name must be letters, digits, dots, dashes and underscores, found {name!r}")
+    return name
+
+
+def _check_simulation(config: RunConfig) -> None:
+    simulation, server = config.simulation, config.server
+    if server.min_nodes > simulation.clients:
+        raise ConfigError(
+            f"server.min-nodes is {server.min_nodes}, but simulation.clients is {simulation.clients}: "
+            "the run would wait for nodes that never come; raise the clients or lower min-nodes"
+        )
+    cpus = os.cpu_count() or 1
+    if simulation.cpus_per_client > cpus:
+        raise ConfigError(
+            f"simulation.cpus-per-client is {simulation.cpus_per_client}, but this machine has {cpus} CPUs; "
+            "no client could start"
+        )
+    if simulation.gpus_per_client > 0:
+        import torch
+
+        if simulation.gpus_per_client > torch.cuda.device_count():
+            raise ConfigError(
+                f"simulation.gpus-per-client is {simulation.gpus_per_client:g}, but torch sees "
+                f"{torch.cuda.device_count()} CUDA devices; `fedllm doctor` says more"
+            )
+
+
+def _check_run_folder(job: Job, saved_clients: Scalar | None) -> None:
+    _checked_name(job.config.run.name)
+    run_dir, resume = job.run_dir, job.config.run.resume
+    if resume and not (run_dir / "config.json").is_file():
+        raise ConfigError(f"cannot resume {run_dir}: no run of that name has started there")
+    if not resume and (run_dir / "events.jsonl").exists():
+        raise ConfigError(
+            f"{run_dir} already holds a run; go on with it by --resume {job.config.run.name}, "
+            "or choose another --name"
+        )
+    if saved_clients is not None and saved_clients != job.config.simulation.clients:
+        raise ConfigError(
+            f"the run {job.config.run.name} has {saved_clients} clients and cannot go on with "
+            f"{job.config.simulation.clients}: every client's data would change; start a new run"
+        )
+
+
+def _save_log(link: PrivateSuperLink, run_id: str, run_dir: Path) -> str:
+    """Keep what Flower and the apps have printed in ``flower.log``, and return what the apps have."""
+    app_log = link.app_log(run_id)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "flower.log").write_text(f"{app_log}\n--- SuperLink ---\n{link.log()}", encoding="utf-8")
+    return app_log
+
+
+def _resume_hint(job: Job) -> str:
+    if not any((job.run_dir / "checkpoints").glob("*")):
+        return "no round was finished, so there is nothing to go on with"
+    return f"go on with it: fedllm simulate {job.folder} --resume {job.config.run.name}"
+
+
+def _print_failure(job: Job, outcome: Outcome, app_log: str) -> None:
+    console = Console(stderr=True, highlight=False)
+    told = outcome.ended and outcome.history.failure
+    reason = (
+        told
+        or outcome.status.details
+        or f"Flower says {outcome.status.status}, but the run did not say that it ended"
+    )
+    console.print(
+        Text("error: ", style="bold red").append(f"the run failed: {reason}", style="red"), soft_wrap=True
+    )
+    if not told:
+        console.print(Text(last_traceback(app_log) or tail(app_log), style="dim"), soft_wrap=True)
+    console.print(f"log: {job.run_dir / 'flower.log'}\n{_resume_hint(job)}", markup=False, soft_wrap=True)
+
+
+def _print_results(job: Job, history: RunHistory, console: Console) -> None:
+    metrics = ", ".join(f"{name} {format_value(value)}" for name, value in history.final_metrics.items())
+    verdict = f"finished in {format_seconds(history.seconds)}: {metrics or 'no test metrics'}"
+    console.print(Text(verdict, style="bold green"))
+    for label, name in _RESULTS.items():
+        if (path := job.run_dir / name).exists():
+            console.print(f"  {label:<9}{path}", markup=False, soft_wrap=True)

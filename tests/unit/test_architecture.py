@@ -1,0 +1,71 @@
+"""The dependency rule of docs/architecture.md, read off the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = [
+    {"errors", "seeding", "config", "tasks", "lora", "records", "encoded", "batches", "generation", "splits"},
+    {"models", "model_sources", "tiny_models", "data", "data_sources", "partition", "checkpoint", "events", "sinks"},
+    {"accumulate", "spool", "nodes", "exchange", "strategy", "rounds", "update", "split", "node", "registry"},
+]
+PURE = {"torch", "numpy", "scipy", "math", "collections", "typing", "dataclasses", "__future__"}
+
+
+def imports(path):
+    """Modules that a file imports, at its top level or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources("fedllm"), ids=lambda path: path.name)
+def test_core_knows_no_strategy_and_no_client(path):
+    wrong = [name for name in imports(path) if name.startswith(("fedllm.strategies", "fedllm.clients"))]
+    assert not wrong
+
+
+def test_strategies_and_clients_never_import_each_other():
+    for folder, other in (("strategies", "fedllm.clients"), ("clients", "fedllm.strategies")):
+        for path in sources(folder):
+            assert not [name for name in imports(path) if name.startswith(other)], path
+
+
+def test_layers_import_downwards_only():
+    for level, names in enumerate(LAYERS):
+        higher = set().union(*LAYERS[level + 1 :]) | {"server", "client", "server_app", "client_app", "cli", "simulate"}
+        for name in names:
+            for path in [ROOT / "fedllm" / f"{name}.py", *sources(f"fedllm/{name}")]:
+                if path.exists():
+                    wrong = {n.split(".")[1] for n in imports(path) if n.startswith("fedllm.")} & higher
+                    assert not wrong, f"{path.name} imports {wrong}"
+
+
+def test_adapter_algebra_is_pure():
+    for path in sources("fedllm/lora"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert roots <= PURE | {"fedllm"}, path
+
+
+@pytest.mark.parametrize("folder", ["fedllm", "strategies", "clients"])
+def test_only_flowers_public_api_is_imported(folder):
+    public = ("flwr.app", "flwr.serverapp", "flwr.clientapp")
+    for path in sources(folder):
+        wrong = [name for name in imports(path) if name.startswith("flwr.") and not name.startswith(public)]
+        assert not wrong, f"{path.name} imports {wrong}"
+
+
+@pytest.mark.parametrize("folder", ["fedllm", "strategies", "clients", "examples", "benchmarks"])
+def test_nothing_is_unpickled(folder):
+    for path in sources(folder):
+        assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(imports(path)), path
+        assert "torch.load(" not in path.read_text(encoding="utf-8"), path
