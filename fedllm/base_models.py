@@ -140,6 +140,8 @@ def _load(
     heads = heads + _new_poolers(report, heads, model.name, task)
     if model.quantization == "none":
         base = base.to(device)
+    else:
+        _keep_packing(base)
     base.config.use_cache = False
     base.config.pad_token_id = tokenizer.pad_token_id
     return BaseModel(base.eval(), tokenizer, tuple(heads))
@@ -167,6 +169,17 @@ def _quantization(model: ModelConfig, heads: list[str]) -> Any:
         bnb_4bit_compute_dtype=getattr(torch, model.dtype),
         llm_int8_skip_modules=skipped,
     )
+
+
+def _keep_packing(base: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first inference on a CPU with AVX512-BF16.
+
+    Repacking rounds the block scales to bfloat16 for good, so that what a client computes would depend on whether
+    the process evaluated before; and it fails for layers whose width is no multiple of the block size.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _new_poolers(report: dict[str, Any], heads: list[str], name: str, task: str) -> list[str]:

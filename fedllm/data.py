@@ -15,7 +15,7 @@ from fedllm.config import RunConfig
 from fedllm.encoded import Encoded
 from fedllm.generation import check_generation
 from fedllm.rows import Rows
-from fedllm.splits import (
+from fedllm.run_rows import (
     clear_row_caches,
     inputs_of,
     known_labels,

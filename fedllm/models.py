@@ -145,11 +145,13 @@ class ModelBundle:
             yield
             return
         base: Any = self.model.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with quiet_transformers():
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             yield
         finally:
-            base.gradient_checkpointing_disable()
+            with quiet_transformers():
+                base.gradient_checkpointing_disable()
 
     def _check_state(self, state: Mapping[str, torch.Tensor]) -> None:
         missing = [name for name in self._trainable if name not in state]
@@ -222,6 +224,7 @@ def merge_adapter(adapter: Path, out: Path) -> None:
             f"adapter folder {adapter} cannot be read: {type(error).__name__}: {error}"
         ) from error
     settings.inference_mode = False
+    settings.base_model_name_or_path = None  # peft warns when it differs from the folder that was loaded
     device = torch.device("cpu")
     base = load_base(model, task, labels, device, seed=0)
     bundle = ModelBundle(_adapt(base, settings, seed=0), base.tokenizer, device, model, task, labels)

@@ -258,7 +258,8 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
         axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.6, marker=marker, markersize=3)
         ends.append((y[-1], f"{_shorten(series.label, _MAX_LABEL)} {format_value(y[-1])}", colour))
     values = [y for series in panel.series for _, y in series.points]
-    if min(values) > 0 and max(values) > 20 * min(values):
+    # Shares and losses stay linear; a perplexity may fall by orders of magnitude.
+    if min(values) > 0 and max(values) > max(20 * min(values), 10):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -21,7 +21,7 @@ from fedllm.errors import ConfigError
 from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
 from fedllm.exchange import LoopOptions
 from fedllm.models import ModelBundle, load_bundle
-from fedllm.records import CLIENT, CLIENT_PARAMETERS, SEED, UPLOAD_CODEC, decode, encode, wire_bytes
+from fedllm.records import CLIENT, CLIENT_PARAMETERS, NUM_EXAMPLES, SEED, UPLOAD_CODEC, decode, encode, wire_bytes
 from fedllm.report import write_report
 from fedllm.rounds import run_rounds
 from fedllm.tasks import get_task
@@ -188,7 +188,7 @@ class _Run:
             self.bundle.tokenizer.pad_token_id,
             self.bundle.device,
         )
-        return MetricRecord(dict(metrics))
+        return MetricRecord({name: value for name, value in metrics.items() if name != NUM_EXAMPLES})
 
     def _keep_best(self, server_round: int, arrays: ArrayRecord, result: Result) -> None:
         """Save the adapter of the round with the best evaluation so far in ``best/``."""

@@ -144,14 +144,14 @@ def _read(path: Path, rows: int, *, quiet: bool = False) -> Encoded | None:
 
 
 def _write(encoded: Encoded, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")  # one name will do under the lock, and a kill leaves no litter
     try:
-        temporary = path.with_suffix(
-            ".tmp"
-        )  # one name is enough under the lock, and leaves no litter after a kill
         encoded.save(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         log.warning("tokenised rows were not kept in %s: %s; set data.cache-dir", path.parent, error)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedllm import models
@@ -100,7 +101,7 @@ def test_names_are_those_of_peft_and_parameters_are_alive(family, task):
 def test_every_linear_layer_but_heads_and_embeddings_is_adapted(family, task):
     bundle = load(family, task)
     adapted = {name.split(".lora_A")[0] for name in bundle.trainable() if ".lora_A." in name}
-    # Counted by hand: seven matrices in a Llama or Qwen2 block, four in GPT-2's, six in BERT's and its pooler.
+    # Counted by hand: seven matrices in a block of Llama or Qwen2, four of GPT-2, six of BERT, and its pooler.
     assert len(adapted) == {"llama": 14, "qwen2": 14, "gpt2": 8, "bert": 13}[family]
     assert not any("lm_head" in name or "score" in name or "embed" in name for name in adapted)
 
@@ -271,7 +272,7 @@ def test_failed_save_keeps_the_old_folder(tmp_path, monkeypatch):
 def test_merge_refuses_broken_adapter_folders(tmp_path):
     bundle = load()
     adapter, weights = tmp_path / "adapter", tmp_path / "adapter" / "adapter_model.safetensors"
-    with pytest.raises(ModelError, match="lacks fedllm.json"):
+    with pytest.raises(ModelError, match=r"lacks fedllm\.json"):
         merge_adapter(adapter, tmp_path / "out")
     bundle.save_adapter(adapter)
     weights.write_bytes(weights.read_bytes()[:100])
@@ -351,11 +352,9 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     bundle.tokenizer.save_pretrained(folder)
     base = {n: p for n, p in fresh_base(bundle).state_dict().items() if ".layer.1." not in n}
     merged.config.save_pretrained(folder)
-    from safetensors.torch import save_file
-
     save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"its checkpoint lacks 16 weights.*layer\.1"):
-        load(f"{folder}/./")
+        load_bundle(RunConfig.from_flat({"model.name": str(folder)}), LABELS)
 
 
 def test_corrupt_weights_are_named(tmp_path):
@@ -364,7 +363,7 @@ def test_corrupt_weights_are_named(tmp_path):
     fresh_base(bundle).save_pretrained(folder)
     bundle.tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ModelError, match="broken.*cannot be loaded"):
+    with pytest.raises(ModelError, match=r"broken.*cannot be loaded"):
         load_bundle(RunConfig.from_flat({"model.name": str(folder)}), LABELS)
 
 
@@ -375,10 +374,11 @@ def test_half_precision_base_trains_a_float32_adapter(family, dtype):
     assert {p.dtype for p in bundle.trainable().values()} == {torch.float32}
     frozen = {p.dtype for p in bundle.model.parameters() if not p.requires_grad}
     assert frozen == {getattr(torch, dtype)}
-    assert train(bundle)[-1] < bundle.model(**batch(bundle)).loss.item() + 1
-    expected = logits(load(family).model, bundle)
-    bundle.load_adapter_state(load(family).initial_state)
-    torch.testing.assert_close(logits(bundle.model, bundle), expected, atol=0.05, rtol=0.05)
+    full = load(family)
+    bundle.load_adapter_state(full.adapter_state())
+    torch.testing.assert_close(logits(bundle.model, bundle), logits(full.model, full), atol=0.01, rtol=0.05)
+    losses = train(bundle)
+    assert losses[-1] < losses[0]
 
 
 @needs_bitsandbytes
@@ -424,10 +424,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(family, task)
     for module in bundle.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    bundle.model.config.resid_pdrop = 0.0
     block = next(m for n, m in bundle.model.named_modules() if n.endswith((".0.mlp", ".0.intermediate")))
     calls = []
-    block.register_forward_hook(lambda *_: calls.append(1))
+    block.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputing stops early, before a post-hook
 
     def gradients():
         bundle.model.train()
@@ -463,3 +462,14 @@ def test_minilm_is_pretrained_and_learns(tmp_path):
     bundle.save_adapter(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(fresh_base(bundle), str(tmp_path / "adapter")).eval()
     assert torch.equal(logits(again, bundle), logits(bundle.model.eval(), bundle))
+
+
+@needs_bitsandbytes
+def test_evaluating_leaves_4bit_weights_as_they_are():
+    bundle = load("llama", model__quantization="4bit")
+    before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+    first = logits(bundle.model.eval(), bundle)
+    bundle.model.train()
+    torch.testing.assert_close(logits(bundle.model, bundle), first, atol=0, rtol=0)
+    after = bundle.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
