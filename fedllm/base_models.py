@@ -174,8 +174,8 @@ def _quantization(model: ModelConfig, heads: list[str]) -> Any:
 def _keep_packing(base: Any) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first inference on a CPU with AVX512-BF16.
 
-    Repacking rounds the block scales to bfloat16 for good, so that what a client computes would depend on whether
-    the process evaluated before; and it fails for layers whose width is no multiple of the block size.
+    Repacking rounds the block scales to bfloat16 for good, so that what a client computes would depend on
+    whether the process evaluated before; and it fails where a layer's width is no multiple of the block size.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,6 @@ from fedllm.errors import ReplyError, RoundError
 from fedllm.events import EventBus
 from fedllm.records import NUM_EXAMPLES, records_of, wire_bytes
 from fedllm.spool import ReplySpool
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -217,7 +214,6 @@ class Exchange:
         node = self._node_name(sent.metadata.dst_node_id)
         self.stats.dropped[node] = reason
         self._events.emit("node-dropped", **self._where, node=node, reason=reason)
-        logger.warning("round %d: reply of node %s dropped: %s", self._where["round"], node, reason)
 
     def _drop_silent(self) -> None:
         waited = time.monotonic() - self._started

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from flwr.serverapp import Grid
 from fedllm.errors import PlanError
 from fedllm.events import EventBus
 from fedllm.records import CONFIG, records_of
-
-logger = logging.getLogger(__name__)
 
 DESCRIBE = "query.describe"
 SHOWN = ("device", "cpus", "memory-bytes", "num-examples", "label-names", "label-counts", "version")
@@ -109,7 +106,8 @@ class NodeDirectory:
             if waiting:
                 time.sleep(self._poll_interval)
         if waiting:
-            logger.warning("%d nodes did not describe themselves within %g s", len(waiting), timeout)
+            message = f"{len(waiting)} nodes did not describe themselves within {timeout:g} s"
+            self._events.emit("warning", message=message)
 
     def _register(self, reply: Message) -> None:
         node_id = reply.metadata.src_node_id
@@ -142,4 +140,3 @@ class NodeDirectory:
     def _reject(self, node_id: int, name: str, reason: str) -> None:
         self._rejected[node_id] = f"node {name}: {reason}"
         self._events.emit("node-rejected", node=name, reason=reason)
-        logger.error("node %s is left out: %s", name, reason)

@@ -6,7 +6,6 @@ stream. A round without quorum leaves the global model untouched; see :class:`fe
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,13 +18,11 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.checkpoint import CheckpointStore, ServerState
 from fedllm.errors import CheckpointError, RoundError
-from fedllm.events import EventBus
+from fedllm.events import EventBus, LogSink
 from fedllm.exchange import Exchange, ExchangeStats, LoopOptions, QuorumError
 from fedllm.nodes import NodeDirectory
 from fedllm.records import NUM_EXAMPLES, check_reply, decode, only_arrays, spec_of
 from fedllm.strategy import BaseStrategy
-
-logger = logging.getLogger(__name__)
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 AfterRound = Callable[[int, ArrayRecord, Result], None]
@@ -57,7 +54,7 @@ def run_rounds(
         evaluate_config: sent with every evaluation message.
         evaluate_fn: evaluation on the server, before the first and after each round; None from it: not this time.
         options: waits, quorum and deadline.
-        events: receives what happens.
+        events: receives what happens; by default it is logged.
         checkpoints: where the state is kept after each round.
         resume: go on from the newest good checkpoint, if there is one.
         after_round: called after a round that changed the global model has been evaluated.
@@ -77,7 +74,7 @@ def run_rounds(
         evaluate_config or ConfigRecord(),
         evaluate_fn,
         options or LoopOptions(),
-        events or EventBus([]),
+        events or EventBus([LogSink()]),
         checkpoints,
         after_round,
     )
@@ -180,7 +177,6 @@ class _RoundLoop:
                 f"{self.failed_in_a_row} rounds in a row had no quorum (server.max-failed-rounds); the last, "
                 f"round {server_round}: {error}{kept}"
             ) from error
-        logger.warning("round %d is skipped, the global model is unchanged: %s", server_round, error)
 
     def _evaluate_on_clients(self, server_round: int, arrays: ArrayRecord) -> None:
         started = time.monotonic()
@@ -269,7 +265,6 @@ class _RoundLoop:
             path = self.checkpoints.save(state)
         except OSError as error:
             # What is in memory is still good: the run goes on, and the last checkpoint stays where it is.
-            logger.error("round %d: no checkpoint: %s; the previous one is kept", server_round, error)
             self.events.emit("checkpoint-failed", round=server_round, reason=str(error))
             return
         size = sum(file.stat().st_size for file in path.iterdir())

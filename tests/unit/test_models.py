@@ -101,7 +101,7 @@ def test_names_are_those_of_peft_and_parameters_are_alive(family, task):
 def test_every_linear_layer_but_heads_and_embeddings_is_adapted(family, task):
     bundle = load(family, task)
     adapted = {name.split(".lora_A")[0] for name in bundle.trainable() if ".lora_A." in name}
-    # Counted by hand: seven matrices in a block of Llama or Qwen2, four of GPT-2, six of BERT, and its pooler.
+    # Counted by hand: seven in a block of Llama or Qwen2, four of GPT-2, six of BERT, and its pooler.
     assert len(adapted) == {"llama": 14, "qwen2": 14, "gpt2": 8, "bert": 13}[family]
     assert not any("lm_head" in name or "score" in name or "embed" in name for name in adapted)
 

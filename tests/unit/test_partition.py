@@ -73,7 +73,9 @@ def test_dirichlet_follows_alpha():
 
     def share_of_largest_class(alpha: float) -> float:
         parts = partition_rows(DataConfig(partitioner="dirichlet", alpha=alpha), keys, 10, 0)
-        shares = [max(np.unique([keys[i] for i in part], return_counts=True)[1]) / len(part) for part in parts]
+        shares = [
+            max(np.unique([keys[i] for i in part], return_counts=True)[1]) / len(part) for part in parts
+        ]
         return float(np.mean(shares))
 
     assert share_of_largest_class(1000.0) < 0.35  # 0.25 is uniform
@@ -105,7 +107,8 @@ def test_natural_id_gives_each_owner_its_rows():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"), [((10, 20, 5), [10, 20, 5]), ((0.5, 0.25, 0.25), [50, 25, 25]), ((1, 1, 1), [1, 1, 1])]
+    ("sizes", "expected"),
+    [((10, 20, 5), [10, 20, 5]), ((0.5, 0.25, 0.25), [50, 25, 25]), ((1, 1, 1), [1, 1, 1])],
 )
 def test_sizes_are_rows_or_shares(sizes, expected):
     parts = partition_rows(DataConfig(partitioner="sizes", sizes=sizes), labels(100, 2), 3, 0)

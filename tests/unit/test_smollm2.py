@@ -1,5 +1,6 @@
 """SmolLM2 out of its GGUF: converted once, then loaded in seconds, and it still speaks."""
 
+import tempfile
 import time
 from importlib.util import find_spec
 
@@ -18,9 +19,10 @@ CONFIG = RunConfig.from_flat({"model.name": "packaged:smollm2", "task": "causal-
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+def bundle():
+    # pytest would keep the half gigabyte of the last three runs
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
+        patch.setenv("FEDLLM_CACHE", cache)
         load_bundle(CONFIG)
         clear_bundles()
         started = time.perf_counter()
@@ -58,4 +60,4 @@ def test_padding_does_not_change_the_loss(bundle):
     labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)
     alone = bundle.model(**short, labels=short["input_ids"]).loss.item()
     assert bundle.model(**padded, labels=labels).loss.item() == pytest.approx(alone, rel=1e-4)
-    assert alone < 4.0
+    assert alone < 6.0  # chance is ln 49152 = 10.8

@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fedllm.batches import count_steps, length_sorted_batches, train_batches
 from fedllm.config import DataConfig, RunConfig, TrainConfig
@@ -24,18 +30,32 @@ from fedllm.tasks import CausalLM, SequenceClassification, class_ids, get_task, 
 from fedllm.tokenization import fit
 
 PAD, UNK, BOS, EOS = range(4)
-WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", *(f"w{number}" for number in range(60)), "#", "Instruction", "Response", ":"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[BOS]",
+    "[EOS]",
+    *(f"w{number}" for number in range(60)),
+    "#",
+    "Instruction",
+    "Response",
+    ":",
+]
 CHATML = (
     "{% for m in messages %}{% if m.role == 'system' %}w1 {% else %}w2 {% endif %}{{ m.content }} w3 {% endfor %}"
     "{% if add_generation_prompt %}w4 {% endif %}"
 )
 
 
-def make_tokenizer(*, chat_template: str | None = None, bos: bool = False, eos: bool = True) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    *, chat_template: str | None = None, bos: bool = False, eos: bool = True
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if bos:
-        backend.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", BOS)])
+        backend.post_processor = processors.TemplateProcessing(
+            single="[BOS] $A", special_tokens=[("[BOS]", BOS)]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]",
         eos_token="[EOS]" if eos else None,
@@ -153,7 +173,9 @@ def test_a_class_named_by_a_number_is_not_an_index():
 
 def test_classification_encodes_and_truncates():
     rows = {"text": ["w1 w2", "w1 w2 w3 w4 w5 w6"], "label": ["pos", 0]}
-    encoded = SequenceClassification().encode(rows, make_tokenizer(bos=True), DataConfig(max_length=5), ("neg", "pos"))
+    encoded = SequenceClassification().encode(
+        rows, make_tokenizer(bos=True), DataConfig(max_length=5), ("neg", "pos")
+    )
     assert encoded.labels.tolist() == [1, 0]
     assert encoded.example(0)[0].tolist() == [BOS, *words("w1 w2")]
     assert encoded.example(1)[0].tolist() == [BOS, *words("w1 w2 w3 w4")]
@@ -161,7 +183,9 @@ def test_classification_encodes_and_truncates():
 
 def test_a_text_without_tokens_is_refused():
     with pytest.raises(DataError, match="row 2"):
-        SequenceClassification().encode({"text": ["w1", " "], "label": [0, 1]}, make_tokenizer(), DataConfig(), ("a", "b"))
+        SequenceClassification().encode(
+            {"text": ["w1", " "], "label": [0, 1]}, make_tokenizer(), DataConfig(), ("a", "b")
+        )
 
 
 def test_collation_pads_to_the_longest():
@@ -206,7 +230,10 @@ def test_classification_metrics_against_scikit_learn(batch_size):
     model.eval()
     with torch.no_grad():
         logits = torch.cat(
-            [model(**{k: v for k, v in task.collate(encoded, [i], PAD).items() if k != "labels"}).logits for i in range(23)]
+            [
+                model(**{k: v for k, v in task.collate(encoded, [i], PAD).items() if k != "labels"}).logits
+                for i in range(23)
+            ]
         )
     truth, predicted = encoded.labels.numpy(), logits.argmax(-1).numpy()
     metrics = task.evaluate(model, encoded, batch_size, PAD, "cpu")
@@ -245,7 +272,9 @@ def test_evaluation_restores_the_mode_and_needs_examples():
 
 
 def encode_pair(tokenizer, prompt="w5 w6", response="w7", **options) -> tuple[list[int], list[int]]:
-    encoded = CausalLM().encode({"prompt": [prompt], "response": [response]}, tokenizer, DataConfig(**options), ())
+    encoded = CausalLM().encode(
+        {"prompt": [prompt], "response": [response]}, tokenizer, DataConfig(**options), ()
+    )
     ids, labels = encoded.example(0)
     return ids.tolist(), labels.tolist()
 
@@ -283,13 +312,18 @@ def test_long_examples_keep_half_of_the_length_for_the_response(caplog):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(prompt=st.integers(1, 30), response=st.integers(1, 30), length=st.integers(4, 40), bos=st.booleans())
 def test_shortened_examples_always_have_both_parts(prompt, response, length, bos):
-    whole, answer = array("i", [1 if bos else 9, *range(100, 99 + prompt)]), array("i", range(200, 200 + response))
+    whole, answer = (
+        array("i", [1 if bos else 9, *range(100, 99 + prompt)]),
+        array("i", range(200, 200 + response)),
+    )
     kept, kept_answer = fit(whole, answer, length, 1)
     assert len(kept) >= 1
     assert len(kept_answer) >= min(response, length // 2)
     assert len(kept) + len(kept_answer) == min(prompt + response, length)
     assert kept_answer == answer[: len(kept_answer)]
-    assert kept == whole[len(whole) - len(kept) :] or (bos and kept == whole[:1] + whole[len(whole) - len(kept) + 1 :])
+    assert kept == whole[len(whole) - len(kept) :] or (
+        bos and kept == whole[:1] + whole[len(whole) - len(kept) + 1 :]
+    )
     assert not bos or kept[0] == 1
 
 
@@ -307,7 +341,7 @@ def test_causal_metrics_token_by_token(batch_size):
         ids, labels = (tensor.long() for tensor in encoded.example(index))
         logits = model(input_ids=ids[None]).logits[0]
         losses += [
-            float(F.cross_entropy(logits[place - 1], labels[place].clone()))
+            float(F.cross_entropy(logits[place - 1].detach(), labels[place].clone()))
             for place in range(1, len(ids))
             if labels[place] != -100
         ]
@@ -323,7 +357,9 @@ def test_causal_lm_needs_an_end_token():
 
 
 def test_a_template_that_refuses_is_told():
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}w1"
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}w1"
+    )
     with pytest.raises(DataError, match=r"System role not supported.*data\.system-prompt"):
         encode_pair(make_tokenizer(chat_template=template), system_prompt="w9")
 
@@ -349,7 +385,9 @@ class Parrot(torch.nn.Module):
 
 def test_generation_scores_answers_against_references():
     task, tokenizer = CausalLM(), make_tokenizer(chat_template="{{ messages[0].content }}")
-    config = RunConfig.from_flat({"task": "causal-lm", "evaluation.generate": 2, "server.evaluate-batch-size": 2})
+    config = RunConfig.from_flat(
+        {"task": "causal-lm", "evaluation.generate": 2, "server.evaluate-batch-size": 2}
+    )
     prompts, right = ["w1 w2 w3 w4", "w5 w6"], ["w3 w4", "w5 w6"]
     for responses, score in ((right, 100.0), (["w9 w10", "w11 w12"], 0.0)):
         encoded = task.encode({"prompt": prompts, "response": responses}, tokenizer, config.data, ())
@@ -359,7 +397,9 @@ def test_generation_scores_answers_against_references():
 
 
 def test_generation_with_a_real_model():
-    config = RunConfig.from_flat({"task": "causal-lm", "evaluation.generate": 3, "evaluation.max-new-tokens": 4})
+    config = RunConfig.from_flat(
+        {"task": "causal-lm", "evaluation.generate": 3, "evaluation.max-new-tokens": 4}
+    )
     tokenizer = make_tokenizer(chat_template=CHATML)
     encoded = CausalLM().encode({"prompt": ["w1"] * 5, "response": ["w2"] * 5}, tokenizer, config.data, ())
     model = llama().train()
