@@ -98,7 +98,7 @@ class _Run:
     def execute(self) -> Result:
         config = self.config
         strategy = self._strategy()
-        initial = encode(self.bundle.adapter_state())
+        initial = encode(self.bundle.initial_state)
         checkpoints = CheckpointStore(
             self.folder / "checkpoints", config.fingerprint(), config.run.keep_checkpoints
         )

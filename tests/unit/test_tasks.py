@@ -42,7 +42,8 @@ WORDS = [
     ":",
 ]
 CHATML = (
-    "{% for m in messages %}{% if m.role == 'system' %}w1 {% else %}w2 {% endif %}{{ m.content }} w3 {% endfor %}"
+    "{% for m in messages %}{% if m.role == 'system' %}w1 {% else %}w2 {% endif %}"
+    "{{ m.content }} w3 {% endfor %}"
     "{% if add_generation_prompt %}w4 {% endif %}"
 )
 
@@ -79,8 +80,8 @@ def ragged(count: int, *, token_labels: bool = False, seed: int = 0) -> Encoded:
 def bert(labels: int = 3) -> BertForSequenceClassification:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        num_labels=labels, pad_token_id=PAD,
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=labels, pad_token_id=PAD,
     )  # fmt: skip
     return BertForSequenceClassification(config)
 
@@ -88,13 +89,13 @@ def bert(labels: int = 3) -> BertForSequenceClassification:
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-# --- Encoded ---------------------------------------------------------------------------------------------------------
+# --- Encoded ---
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -149,7 +150,7 @@ def test_encoded_refuses_tensors_that_do_not_fit(ids, offsets, labels):
         Encoded(ids, offsets, labels)
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# --- labels ---
 
 
 def test_labels_are_names_or_indices():
@@ -168,7 +169,7 @@ def test_a_class_named_by_a_number_is_not_an_index():
         class_ids(["1", "0"], ("1", "2"))
 
 
-# --- classification --------------------------------------------------------------------------------------------------
+# --- classification ---
 
 
 def test_classification_encodes_and_truncates():
@@ -268,7 +269,7 @@ def test_evaluation_restores_the_mode_and_needs_examples():
         task.evaluate(model, ragged(3).select([]), 2, PAD, "cpu")
 
 
-# --- causal language model -------------------------------------------------------------------------------------------
+# --- causal language model ---
 
 
 def encode_pair(tokenizer, prompt="w5 w6", response="w7", **options) -> tuple[list[int], list[int]]:
@@ -370,11 +371,11 @@ def test_unknown_task():
         get_task("nonsense")
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
+# --- generation ---
 
 
 class Parrot(torch.nn.Module):
-    """Answers with the last two tokens of the prompt, which it must therefore be shown unpadded on the right."""
+    """Answers with the last two tokens of the prompt, so prompts must not be padded on the right."""
 
     def generate(self, input_ids, attention_mask, **options):
         assert bool((attention_mask[:, -1] == 1).all())
@@ -416,7 +417,7 @@ def test_generation_without_sacrebleu_names_the_extra(monkeypatch):
         generation_metrics(Parrot(), SimpleNamespace(), ragged(2, token_labels=True), config, PAD, "cpu")
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- batches ---
 
 
 def test_every_epoch_uses_every_example_once_in_a_new_order():

@@ -1,0 +1,5 @@
+"""`python -m fedllm` is the `fedllm` command."""
+
+from fedllm.cli import main
+
+main()
