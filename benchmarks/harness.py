@@ -24,8 +24,12 @@ console = Console()
 
 def arguments(description: str, **extra: Any) -> argparse.Namespace:
     """Parse ``--json FILE``, ``--quick`` and ``--seed``; ``extra`` maps further options to their defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, seeds and the machine here")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all figures, seeds and the machine here"
+    )
     parser.add_argument("--quick", action="store_true", help="at most 10 minutes on 2 cores; same keys")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     for name, default in extra.items():
@@ -51,7 +55,9 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
-def report(args: argparse.Namespace, figures: Mapping[str, Any], rows: Sequence[Sequence[object]], title: str) -> None:
+def report(
+    args: argparse.Namespace, figures: Mapping[str, Any], rows: Sequence[Sequence[object]], title: str
+) -> None:
     """Print a table (first row: its head), say what machine it was, and write the JSON file if asked for."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(rows[0]):
@@ -84,7 +90,9 @@ def run_app(app: Path, federation: Mapping[str, int | float], timeout: float = 3
                 raise RuntimeError(f"{app.name} did not finish within {timeout:g} s")
             time.sleep(1)
         if not status.completed:
-            raise RuntimeError(f"{app.name}: {status.status} {status.details}\n{link.app_log(run_id)[-4000:]}")
+            raise RuntimeError(
+                f"{app.name}: {status.status} {status.details}\n{link.app_log(run_id)[-4000:]}"
+            )
     return time.perf_counter() - started
 
 

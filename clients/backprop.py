@@ -62,7 +62,9 @@ class Backprop:
         optimizer = self._optimizer(job.bundle, job.train)
         start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         losses = []
-        checkpointing = job.bundle.gradient_checkpointing(True) if self.gradient_checkpointing else nullcontext()
+        checkpointing = (
+            job.bundle.gradient_checkpointing(True) if self.gradient_checkpointing else nullcontext()
+        )
         model.train()
         try:
             with checkpointing:
@@ -88,7 +90,10 @@ class Backprop:
     def _optimizer(self, bundle: ModelBundle, train: TrainConfig) -> torch.optim.Optimizer:
         parameters = bundle.trainable()
         groups = [
-            {"params": [p for name, p in parameters.items() if not bundle.is_head(name)], "lr": train.learning_rate},
+            {
+                "params": [p for name, p in parameters.items() if not bundle.is_head(name)],
+                "lr": train.learning_rate,
+            },
             {
                 "params": [p for name, p in parameters.items() if bundle.is_head(name)],
                 "lr": train.head_learning_rate or train.learning_rate,
@@ -98,7 +103,9 @@ class Backprop:
         # An adapter is many small tensors: the fused kernels spare a Python loop over them in every step.
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
-        return torch.optim.SGD(groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.SGD(
+            groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
+        )
 
     def _backward(self, job: TrainJob, indices: list[int]) -> float:
         """Accumulate the gradient of one batch; returns its loss."""

@@ -115,7 +115,11 @@ def evaluate(message: Message, context: Context) -> Message:
     bundle, examples = _load(config, context)
     bundle.load_adapter_state(decode(only_arrays(message)))
     metrics = get_task(config.task).evaluate(
-        bundle.model, examples, config.server.evaluate_batch_size, bundle.tokenizer.pad_token_id, bundle.device
+        bundle.model,
+        examples,
+        config.server.evaluate_batch_size,
+        bundle.tokenizer.pad_token_id,
+        bundle.device,
     )
     record = MetricRecord({**metrics, NUM_EXAMPLES: len(examples), "seconds": time.perf_counter() - started})
     return Message(RecordDict({METRICS: record}), reply_to=message)
@@ -167,7 +171,8 @@ def _use_own_cpus() -> None:
         import ray
 
         if ray.is_initialized():
-            cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", cpus)
+            assigned = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+            cpus = assigned.get("CPU", cpus)
     torch.set_num_threads(max(int(cpus), 1))
 
 

@@ -16,7 +16,15 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fedllm.errors import ConfigError
 
@@ -63,7 +71,11 @@ class Section(BaseModel):
     """Base of all configuration sections: frozen, no unknown keys, kebab-case names outside."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=kebab, populate_by_name=True, validate_default=True,
+        extra="forbid",
+        frozen=True,
+        alias_generator=kebab,
+        populate_by_name=True,
+        validate_default=True,
         protected_namespaces=(),
     )
 
@@ -78,14 +90,18 @@ class ModelConfig(Section):
         "tiny-random:llama|gpt2|bert|qwen2",
     )
     revision: str = Field("main", description="revision of a Hugging Face id")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the base weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the base weights"
+    )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="bitsandbytes quantisation of the base weights; heads are never quantised"
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="attention implementation; auto leaves the choice to transformers"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA where it is to be had")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA where it is to be had"
+    )
 
 
 class LoraConfig(Section):
@@ -117,11 +133,16 @@ class DataConfig(Section):
     test_split: str = Field("test", description="test split of a Hugging Face dataset; empty: none")
     test_file: str = Field("", description="test file when source is a file; empty: test-fraction applies")
     test_fraction: float = Field(
-        0.1, ge=0, lt=1, description="share of the training rows held out as test rows when there is no test split"
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the training rows held out as test rows when there is no test split",
     )
     text_column: str = Field("text", description="column with the text to classify")
     label_column: str = Field("label", description="column with the class")
-    labels: CommaList = Field((), description="class names in order; empty: the sorted labels of the training rows")
+    labels: CommaList = Field(
+        (), description="class names in order; empty: the sorted labels of the training rows"
+    )
     prompt_column: str = Field("prompt", description="column with the prompt (causal-lm)")
     response_column: str = Field("response", description="column with the wanted answer (causal-lm)")
     system_prompt: str = Field("", description="system message of the chat template (causal-lm)")
@@ -136,10 +157,14 @@ class DataConfig(Section):
     min_partition_size: int = Field(
         1, ge=0, description="Dirichlet draws again until every partition has this many rows"
     )
-    classes_per_client: int = Field(2, ge=1, description="classes that a client of the pathological partitioner sees")
+    classes_per_client: int = Field(
+        2, ge=1, description="classes that a client of the pathological partitioner sees"
+    )
     shards_per_client: int = Field(2, ge=1, description="shards that a client of the shard partitioner gets")
     id_column: str = Field("", description="column that names the owner of a row (natural-id)")
-    sizes: FloatList = Field((), description="rows (or shares, if at most 1) of each client (sizes partitioner)")
+    sizes: FloatList = Field(
+        (), description="rows (or shares, if at most 1) of each client (sizes partitioner)"
+    )
     share_label_counts: bool = Field(
         False, description="let a node report how many examples of each class it has"
     )
@@ -162,7 +187,9 @@ class ServerConfig(Section):
     """Whom the server asks, how long it waits, and when a round counts."""
 
     fraction_train: float = Field(1.0, ge=0, le=1, description="share of the nodes that train in a round")
-    fraction_evaluate: float = Field(0.0, ge=0, le=1, description="share of the nodes that evaluate after a round")
+    fraction_evaluate: float = Field(
+        0.0, ge=0, le=1, description="share of the nodes that evaluate after a round"
+    )
     min_nodes: int = Field(2, ge=1, description="nodes that must be connected before the run starts")
     node_timeout: float = Field(180.0, gt=0, description="seconds to wait for min-nodes before giving up")
     quorum: float = Field(
@@ -171,9 +198,15 @@ class ServerConfig(Section):
     deadline: float = Field(
         3600.0, gt=0, description="seconds after which a round closes as soon as it has its quorum"
     )
-    round_timeout: float = Field(7200.0, gt=0, description="seconds after which a round closes whatever it has")
-    max_failed_rounds: int = Field(3, ge=1, description="rounds in a row without quorum after which the run stops")
-    evaluate_every: int = Field(1, ge=0, description="rounds between evaluations on the server's test rows; 0: never")
+    round_timeout: float = Field(
+        7200.0, gt=0, description="seconds after which a round closes whatever it has"
+    )
+    max_failed_rounds: int = Field(
+        3, ge=1, description="rounds in a row without quorum after which the run stops"
+    )
+    evaluate_every: int = Field(
+        1, ge=0, description="rounds between evaluations on the server's test rows; 0: never"
+    )
     evaluate_batch_size: int = Field(64, ge=1, description="examples in an evaluation batch")
     spool_megabytes: float = Field(
         32.0, ge=0, description="replies that wait their turn in memory, in MB; more go to disk"
@@ -215,7 +248,9 @@ class SimulationConfig(Section):
     """What `fedllm simulate` passes on to Flower's simulation engine."""
 
     clients: int = Field(10, ge=1, le=100_000, description="simulated clients")
-    cpus_per_client: int = Field(1, ge=1, description="CPUs that one running client gets, and its torch threads")
+    cpus_per_client: int = Field(
+        1, ge=1, description="CPUs that one running client gets, and its torch threads"
+    )
     gpus_per_client: float = Field(0.0, ge=0, description="share of a GPU that one running client gets")
 
 
@@ -223,7 +258,9 @@ class EvaluationConfig(Section):
     """Optional, slower metrics."""
 
     generate: int = Field(
-        0, ge=0, description="test prompts answered by generation and scored with BLEU and chrF; 0: none (causal-lm)"
+        0,
+        ge=0,
+        description="test prompts answered by generation and scored with BLEU and chrF; 0: none (causal-lm)",
     )
     max_new_tokens: int = Field(64, ge=1, description="tokens generated for an answer")
 
@@ -232,7 +269,9 @@ class RunConfig(Section):
     """The whole configuration of a run."""
 
     strategy: str = Field("fedavg", min_length=1, description="strategy: a registered name or module:Class")
-    client: str = Field("backprop", min_length=1, description="client update rule: a registered name or module:Class")
+    client: str = Field(
+        "backprop", min_length=1, description="client update rule: a registered name or module:Class"
+    )
     task: Literal["sequence-classification", "causal-lm"] = Field(
         "sequence-classification", description="what is learned"
     )
@@ -313,9 +352,19 @@ class RunConfig(Section):
         Left out are the keys that may change between a run and its continuation: the number of rounds, where results
         go, and how long the server waits.
         """
-        free = ("run.", "simulation.", "server.node-timeout", "server.deadline", "server.round-timeout",
-                "server.max-failed-rounds", "server.spool-megabytes", "server.poll-interval", "rounds",
-                "data.cache-dir", "model.device")
+        free = (
+            "run.",
+            "simulation.",
+            "server.node-timeout",
+            "server.deadline",
+            "server.round-timeout",
+            "server.max-failed-rounds",
+            "server.spool-megabytes",
+            "server.poll-interval",
+            "rounds",
+            "data.cache-dir",
+            "model.device",
+        )
         kept = {key: value for key, value in self.to_flat().items() if not key.startswith(free)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -334,7 +383,10 @@ def unknown_key_message(key: str, known: Mapping[str, Any], plugin_names: frozen
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         by_leaf = {name.rpartition(".")[2]: name for name in known}
-        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)]
+        near = [
+            by_leaf[leaf]
+            for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)
+        ]
     table = key.partition(".")[0]
     if not near and (tables := difflib.get_close_matches(table, plugin_names, n=1, cutoff=0.6)):
         near = [f"{tables[0]}.{key.partition('.')[2]}"]

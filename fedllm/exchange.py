@@ -175,7 +175,7 @@ class Exchange:
 
     def _accept(self, reply: Message, sent: Message) -> bool:
         if reply.has_error():
-            self._drop(sent, _last_line(reply.error.reason))
+            self._drop(sent, _last_line(reply.error.reason or ""))
             return False
         try:
             self._check(reply, sent)
@@ -222,7 +222,9 @@ class Exchange:
 
     def _require_quorum(self) -> None:
         if self.stats.valid < self.needed:
-            reasons = "; ".join(f"node {node}: {reason}" for node, reason in list(self.stats.dropped.items())[:5])
+            reasons = "; ".join(
+                f"node {node}: {reason}" for node, reason in list(self.stats.dropped.items())[:5]
+            )
             raise QuorumError(
                 f"{self.stats.valid} of {self.stats.asked} replies are valid, expected at least {self.needed} "
                 f"(server.quorum); {reasons}",

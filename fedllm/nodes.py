@@ -44,7 +44,9 @@ class NodeDirectory:
     A node that answers with an error of its own, for instance an unreadable data file, is rejected by name.
     """
 
-    def __init__(self, grid: Grid, events: EventBus, *, timeout: float = 180.0, poll_interval: float = 0.02) -> None:
+    def __init__(
+        self, grid: Grid, events: EventBus, *, timeout: float = 180.0, poll_interval: float = 0.02
+    ) -> None:
         self._grid = grid
         self._events = events
         self._timeout = timeout
@@ -72,7 +74,9 @@ class NodeDirectory:
             time.sleep(min(0.2, self._timeout / 10))
 
     def _too_few(self, have: int, need: int) -> str:
-        message = f"{have} usable nodes after {self._timeout:g} s, expected at least {need} (server.min-nodes)"
+        message = (
+            f"{have} usable nodes after {self._timeout:g} s, expected at least {need} (server.min-nodes)"
+        )
         if self._rejected:
             reasons = "; ".join(sorted(set(self._rejected.values())))
             message += f"; {len(self._rejected)} rejected: {reasons}"
@@ -112,19 +116,24 @@ class NodeDirectory:
     def _register(self, reply: Message) -> None:
         node_id = reply.metadata.src_node_id
         if reply.has_error():
-            if "No query function registered" in reply.error.reason:
+            reason = reply.error.reason or "unknown error"
+            if "No query function registered" in reason:
                 self._known[node_id] = NodeInfo(node_id, str(node_id), (1, node_id, ""))
             else:
-                self._reject(node_id, str(node_id), reply.error.reason)
+                self._reject(node_id, str(node_id), reason)
             return
         description = records_of(reply, ConfigRecord).get(CONFIG, ConfigRecord())
         name = str(description.get("name", node_id))
         if "error" in description:
             self._reject(node_id, name, str(description["error"]))
             return
-        twin = next((node for node in self._known.values() if node.name == name and node.node_id != node_id), None)
+        twin = next(
+            (node for node in self._known.values() if node.name == name and node.node_id != node_id), None
+        )
         if twin is not None and twin.node_id in set(self._grid.get_node_ids()):
-            self._reject(node_id, name, f"another connected node is named {name!r}; give each node a name of its own")
+            self._reject(
+                node_id, name, f"another connected node is named {name!r}; give each node a name of its own"
+            )
             return
         if twin is not None:
             del self._known[twin.node_id]

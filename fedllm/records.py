@@ -122,7 +122,9 @@ def _stored_values(name: str, array: Array) -> torch.Tensor:
     rows = max(shape[0], 1) if len(shape) > 1 else 1
     expected = {_BF16: 2 * count, _INT8: 4 * rows + count}.get(stype)
     if expected is None:
-        raise ReplyError(f"{name!r} is encoded as {array.stype!r}, expected numpy.ndarray, fedllm.bf16 or fedllm.int8")
+        raise ReplyError(
+            f"{name!r} is encoded as {array.stype!r}, expected numpy.ndarray, fedllm.bf16 or fedllm.int8"
+        )
     if any(side < 0 for side in shape) or len(array.data) != expected:
         raise ReplyError(f"{name!r} of shape {shape} has {len(array.data)} bytes, expected {expected}")
     if stype == _BF16:
@@ -137,7 +139,9 @@ def _from_npy(name: str, array: Array) -> torch.Tensor:
     buffer = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(buffer)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = read(buffer)
         if dtype.hasobject:
             raise ValueError("object arrays are not accepted")
@@ -193,7 +197,9 @@ def check_arrays(record: ArrayRecord, spec: ReplySpec) -> None:
         if tuple(array.shape) != expected.shape:
             raise ReplyError(_shape_message(name, tuple(array.shape), expected.shape))
         if array.dtype not in expected.dtypes:
-            raise ReplyError(f"{name!r} has dtype {array.dtype}, expected {' or '.join(sorted(expected.dtypes))}")
+            raise ReplyError(
+                f"{name!r} has dtype {array.dtype}, expected {' or '.join(sorted(expected.dtypes))}"
+            )
         stored = _stored_values(name, array)
         if tuple(stored.shape) != expected.shape:
             raise ReplyError(_shape_message(name, tuple(stored.shape), expected.shape))

@@ -109,7 +109,9 @@ def parameters_model(cls: type[Any]) -> type[BaseModel]:
                 fields[parameter.name] = (annotation, Field(default))
         if not passes_on:
             break
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, alias_generator=kebab, populate_by_name=True)
+    config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, alias_generator=kebab, populate_by_name=True
+    )
     return create_model(f"{cls.__name__}Parameters", __config__=config, **fields)
 
 

@@ -180,7 +180,9 @@ class _RoundLoop:
 
     def _evaluate_on_clients(self, server_round: int, arrays: ArrayRecord) -> None:
         started = time.monotonic()
-        messages = list(self.strategy.configure_evaluate(server_round, arrays, self.evaluate_config, self.grid))
+        messages = list(
+            self.strategy.configure_evaluate(server_round, arrays, self.evaluate_config, self.grid)
+        )
         if not messages:
             return
         exchange = self._exchange(server_round, "evaluate", _check_evaluate_reply)
@@ -188,7 +190,9 @@ class _RoundLoop:
         try:
             metrics = self.strategy.aggregate_evaluate(server_round, iter(exchange))
         except QuorumError as error:
-            self.events.emit("warning", message=f"round {server_round}: no evaluation by the clients: {error}")
+            self.events.emit(
+                "warning", message=f"round {server_round}: no evaluation by the clients: {error}"
+            )
             return
         finally:
             self.stale |= exchange.unanswered
@@ -233,15 +237,26 @@ class _RoundLoop:
         if isinstance(self.strategy, BaseStrategy):
             check_reply(reply, self.strategy.reply_spec(sent), self.strategy.weighted_by_key)
         else:
-            check_reply(reply, spec_of(only_arrays(sent)), getattr(self.strategy, "weighted_by_key", NUM_EXAMPLES))
+            check_reply(
+                reply, spec_of(only_arrays(sent)), getattr(self.strategy, "weighted_by_key", NUM_EXAMPLES)
+            )
 
     def _emit_evaluated(self, server_round: int, where: str, metrics: MetricRecord, started: float) -> None:
         self.events.emit(
-            "evaluated", round=server_round, where=where, metrics=dict(metrics), seconds=time.monotonic() - started
+            "evaluated",
+            round=server_round,
+            where=where,
+            metrics=dict(metrics),
+            seconds=time.monotonic() - started,
         )
 
     def _report(
-        self, server_round: int, stats: ExchangeStats, metrics: MetricRecord | None, norm: float, started: float
+        self,
+        server_round: int,
+        stats: ExchangeStats,
+        metrics: MetricRecord | None,
+        norm: float,
+        started: float,
     ) -> None:
         self.events.emit(
             "aggregated",
@@ -249,7 +264,7 @@ class _RoundLoop:
             replies=stats.valid,
             asked=stats.asked,
             num_examples=stats.num_examples,
-            loss=(metrics or {}).get("loss"),
+            loss=None if metrics is None else metrics.get("loss"),
             seconds=time.monotonic() - started,
             update_norm=norm,
         )
@@ -296,7 +311,9 @@ class _RoundLoop:
         if load is not None:
             load(state.strategy)
         else:
-            message = f"{type(self.strategy).__name__} has no state_dict: it goes on without what it had learned"
+            message = (
+                f"{type(self.strategy).__name__} has no state_dict: it goes on without what it had learned"
+            )
             self.events.emit("warning", message=message)
         history = state.history
         self.result.train_metrics_clientapp = _records(history["train"])

@@ -21,7 +21,16 @@ from fedllm.errors import ConfigError
 from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
 from fedllm.exchange import LoopOptions
 from fedllm.models import ModelBundle, load_bundle
-from fedllm.records import CLIENT, CLIENT_PARAMETERS, NUM_EXAMPLES, SEED, UPLOAD_CODEC, decode, encode, wire_bytes
+from fedllm.records import (
+    CLIENT,
+    CLIENT_PARAMETERS,
+    NUM_EXAMPLES,
+    SEED,
+    UPLOAD_CODEC,
+    decode,
+    encode,
+    wire_bytes,
+)
 from fedllm.report import write_report
 from fedllm.rounds import run_rounds
 from fedllm.tasks import get_task
@@ -217,7 +226,9 @@ def _score(metrics: Mapping[str, Any]) -> float | None:
 
 def _best_before(server_round: int, result: Result) -> tuple[float, int] | None:
     """The best score of earlier rounds: after a resume the history knows it."""
-    scores = [(score, r) for r in range(1, server_round) if (score := _score(_metrics_of(r, result))) is not None]
+    scores = [
+        (score, r) for r in range(1, server_round) if (score := _score(_metrics_of(r, result))) is not None
+    ]
     return max(scores, default=None, key=lambda pair: (pair[0], -pair[1]))
 
 

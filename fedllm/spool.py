@@ -57,7 +57,9 @@ class ReplySpool:
                 self._to_disk(index, message)
                 return
             except OSError as error:
-                logger.warning("a waiting reply stays in memory, its spool file could not be written: %s", error)
+                logger.warning(
+                    "a waiting reply stays in memory, its spool file could not be written: %s", error
+                )
         self._in_memory[index] = size
 
     def take(self, index: int) -> Message:

@@ -121,7 +121,9 @@ class BaseStrategy(Strategy):
         """The nodes to choose from: those that the round loop described, else whatever the grid knows."""
         return self.nodes or [NodeInfo(i, str(i), (1, i, "")) for i in sorted(grid.get_node_ids())]
 
-    def select(self, server_round: int, nodes: Sequence[NodeInfo], count: int, purpose: str) -> list[NodeInfo]:
+    def select(
+        self, server_round: int, nodes: Sequence[NodeInfo], count: int, purpose: str
+    ) -> list[NodeInfo]:
         """Choose ``count`` nodes, the same ones for the same seed, round and set of nodes; in stable order."""
         chooser = random.Random(derive_seed(self.seed, server_round, purpose))
         chosen = chooser.sample(range(len(nodes)), min(count, len(nodes)))
@@ -153,7 +155,13 @@ class BaseStrategy(Strategy):
         if self.fraction_evaluate == 0:
             return []
         return self._messages(
-            server_round, arrays, config, grid, MessageType.EVALUATE, self.fraction_evaluate, self.min_evaluate_nodes
+            server_round,
+            arrays,
+            config,
+            grid,
+            MessageType.EVALUATE,
+            self.fraction_evaluate,
+            self.min_evaluate_nodes,
         )
 
     def _messages(
@@ -185,7 +193,9 @@ class BaseStrategy(Strategy):
                 (id(own_arrays), id(own_config)),
                 RecordDict({self.arrayrecord_key: own_arrays, self.configrecord_key: own_config}),
             )
-            messages.append(Message(content, dst_node_id=node.node_id, message_type=kind, group_id=str(server_round)))
+            messages.append(
+                Message(content, dst_node_id=node.node_id, message_type=kind, group_id=str(server_round))
+            )
         return messages
 
     # --------------------------------------------------------------- replies
@@ -245,7 +255,9 @@ class BaseStrategy(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later rounds depend on besides the global arrays."""
-        return {} if self.server_optimizer is None else {"server-optimizer": self.server_optimizer.state_dict()}
+        return (
+            {} if self.server_optimizer is None else {"server-optimizer": self.server_optimizer.state_dict()}
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""

@@ -101,7 +101,9 @@ class FedAvgM(BaseStrategy):
         kwargs: keywords of :class:`fedllm.strategy.BaseStrategy`.
     """
 
-    def __init__(self, *, server_learning_rate: Positive = 1.0, server_momentum: Decay = 0.9, **kwargs: Any) -> None:
+    def __init__(
+        self, *, server_learning_rate: Positive = 1.0, server_momentum: Decay = 0.9, **kwargs: Any
+    ) -> None:
         inner = flower.FedAvgM(server_learning_rate=server_learning_rate, server_momentum=server_momentum)
         super().__init__(**{"server_optimizer": FlowerOptimizer(inner)} | kwargs)
 

@@ -11,7 +11,9 @@ os.environ.setdefault("FLWR_HOME", tempfile.mkdtemp(prefix="fedllm-test-flwr-"))
 
 import pytest
 import torch
-from flwr.supercore.task_identity import TaskIdentity  # flwr's processes set it; messages cannot be made without
+from flwr.supercore.task_identity import (
+    TaskIdentity,
+)  # flwr's processes set it; messages cannot be made without
 
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 

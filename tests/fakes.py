@@ -111,4 +111,6 @@ def drift(message: Message, node: int, server_round: int) -> Message:
 
 
 def initial_arrays() -> ArrayRecord:
-    return encode({"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.zeros(4, 2), "bias": torch.zeros(5)})
+    return encode(
+        {"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.zeros(4, 2), "bias": torch.zeros(5)}
+    )

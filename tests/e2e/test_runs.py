@@ -127,14 +127,24 @@ def test_same_seed_same_bits_whoever_finishes_first_and_after_kill_9(app):
 def test_a_run_leaves_everything_that_it_promises(app):
     simulate(app, "r", "--rounds", "2")
     folder = app.parent / "runs" / "r"
-    for name in ("config.json", "events.jsonl", "metrics.csv", "curves.png", "report.html", "adapter", "best"):
+    for name in (
+        "config.json",
+        "events.jsonl",
+        "metrics.csv",
+        "curves.png",
+        "report.html",
+        "adapter",
+        "best",
+    ):
         assert (folder / name).exists(), name
     flat = json.loads((folder / "config.json").read_text())
     assert flat["rounds"] == 2
     config = registry.config_from_flat(flat)
     labels = ("food", "sky", "sport")
     for adapter_folder in ("adapter", "best"):
-        base = load_base(config.model, config.task, labels, resolve_device(config.model.device), seed=99).model
+        base = load_base(
+            config.model, config.task, labels, resolve_device(config.model.device), seed=99
+        ).model
         model = PeftModel.from_pretrained(base, folder / adapter_folder)
         assert model.config.id2label[1] == "sky"
     html = (folder / "report.html").read_text()

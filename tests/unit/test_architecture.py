@@ -8,7 +8,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "seeding", "config", "tasks", "lora", "records", "encoded", "batches", "generation", "splits"},
-    {"models", "model_sources", "tiny_models", "data", "data_sources", "partition", "checkpoint", "events", "sinks"},
+    {
+        "models",
+        "model_sources",
+        "tiny_models",
+        "data",
+        "data_sources",
+        "partition",
+        "checkpoint",
+        "events",
+        "sinks",
+    },
     {"accumulate", "spool", "nodes", "exchange", "strategy", "rounds", "update", "split", "node", "registry"},
 ]
 PURE = {"torch", "numpy", "scipy", "math", "collections", "typing", "dataclasses", "__future__"}
@@ -42,7 +52,14 @@ def test_strategies_and_clients_never_import_each_other():
 
 def test_layers_import_downwards_only():
     for level, names in enumerate(LAYERS):
-        higher = set().union(*LAYERS[level + 1 :]) | {"server", "client", "server_app", "client_app", "cli", "simulate"}
+        higher = set().union(*LAYERS[level + 1 :]) | {
+            "server",
+            "client",
+            "server_app",
+            "client_app",
+            "cli",
+            "simulate",
+        }
         for name in names:
             for path in [ROOT / "fedllm" / f"{name}.py", *sources(f"fedllm/{name}")]:
                 if path.exists():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fedllm.clients.backprop import Backprop
 
 from fedllm.batches import train_batches
-from fedllm.clients.backprop import Backprop
 from fedllm.errors import TrainError
 from tests.unit.test_strategy_contract import job
 

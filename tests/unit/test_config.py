@@ -11,7 +11,9 @@ TABLES = frozenset({"fedadam", "backprop"})
 
 
 def read(**flat):
-    return RunConfig.from_flat({key.replace("__", ".").replace("_", "-"): value for key, value in flat.items()}, TABLES)
+    return RunConfig.from_flat(
+        {key.replace("__", ".").replace("_", "-"): value for key, value in flat.items()}, TABLES
+    )
 
 
 def test_every_key_has_a_description_and_a_default():
@@ -87,7 +89,13 @@ def test_out_of_bounds_names_the_key(flat, message):
 def test_fingerprint_changes_with_what_decides_the_numbers_only():
     base = read().fingerprint()
     assert read(rounds=99, run__name="x", server__deadline=5.0, simulation__clients=3).fingerprint() == base
-    for change in ({"seed": 1}, {"lora__rank": 2}, {"strategy": "fedadam"}, {"fedadam__eta": 0.5}, {"data__alpha": 2.0}):
+    for change in (
+        {"seed": 1},
+        {"lora__rank": 2},
+        {"strategy": "fedadam"},
+        {"fedadam__eta": 0.5},
+        {"data__alpha": 2.0},
+    ):
         assert read(**change).fingerprint() != base, change
 
 

@@ -21,7 +21,9 @@ def tensor(shape, seed=0, scale=1.0):
 
 @given(shape=SHAPES, seed=st.integers(0, 99), scale=st.sampled_from([1e-6, 1.0, 1e4]))
 @settings(max_examples=60, deadline=None)
-@pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 0.0), ("fp16", 2**-10), ("bf16", 2**-8), ("int8", 1 / 127)])
+@pytest.mark.parametrize(
+    ("codec", "tolerance"), [("fp32", 0.0), ("fp16", 2**-10), ("bf16", 2**-8), ("int8", 1 / 127)]
+)
 def test_codec_round_trip_within_its_resolution(codec, tolerance, shape, seed, scale):
     if codec == "fp16" and scale != 1.0:
         scale = 1.0  # half precision has no room for the others
@@ -70,7 +72,9 @@ def test_any_flower_app_reads_fp32():
 
 
 def test_flower_records_are_read():
-    record = ArrayRecord({"a": Array(np.asfortranarray(np.arange(6.0).reshape(2, 3))), "b": Array(np.arange(3))})
+    record = ArrayRecord(
+        {"a": Array(np.asfortranarray(np.arange(6.0).reshape(2, 3))), "b": Array(np.arange(3))}
+    )
     decoded = decode(record)
     assert decoded["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert decoded["b"].dtype == torch.int64
@@ -84,7 +88,9 @@ def test_objects_are_never_unpickled():
         decode(record)
 
 
-SENT = encode({"layer.lora_A.weight": torch.ones(4, 6), "layer.lora_B.weight": torch.zeros(6, 4), "bias": torch.ones(3)})
+SENT = encode(
+    {"layer.lora_A.weight": torch.ones(4, 6), "layer.lora_B.weight": torch.zeros(6, 4), "bias": torch.ones(3)}
+)
 
 
 def changed(**changes):
@@ -104,18 +110,26 @@ BAD_ARRAYS = {
     "shape": (changed(bias=torch.ones(1, 3)), r"'bias' has shape \(1, 3\), expected \(3,\)"),
     "rank of A": (changed(a=torch.ones(2, 6)), "has rank 2, expected rank 4"),
     "rank of B": (changed(b=torch.ones(6, 8)), "has rank 8, expected rank 4"),
-    "nan": (changed(bias=torch.tensor([1.0, float("nan"), 2])), "'bias' has 1 values that are NaN or infinite"),
+    "nan": (
+        changed(bias=torch.tensor([1.0, float("nan"), 2])),
+        "'bias' has 1 values that are NaN or infinite",
+    ),
     "inf": (changed(bias=torch.tensor([1.0, float("inf"), 2])), "NaN or infinite"),
     "dtype": (ArrayRecord({**SENT, "bias": Array(np.ones(3))}), "dtype float64, expected float32"),
     "lying shape": (
-        ArrayRecord({**SENT, "bias": Array("float32", (3,), "numpy.ndarray", SENT["layer.lora_A.weight"].data)}),
+        ArrayRecord(
+            {**SENT, "bias": Array("float32", (3,), "numpy.ndarray", SENT["layer.lora_A.weight"].data)}
+        ),
         r"has shape \(4, 6\), expected \(3,\)",
     ),
     "truncated": (
         ArrayRecord({**SENT, "bias": Array("float32", (3,), "numpy.ndarray", SENT["bias"].data[:-2])}),
         "not a readable array",
     ),
-    "garbage": (ArrayRecord({**SENT, "bias": Array("float32", (3,), "numpy.ndarray", b"xx")}), "not a readable array"),
+    "garbage": (
+        ArrayRecord({**SENT, "bias": Array("float32", (3,), "numpy.ndarray", b"xx")}),
+        "not a readable array",
+    ),
     "encoding": (ArrayRecord({**SENT, "bias": Array("float32", (3,), "zip", b"xx")}), "encoded as 'zip'"),
 }
 

@@ -4,13 +4,13 @@ from importlib.metadata import EntryPoint
 from typing import Annotated
 
 import pytest
+from fedllm.strategies.fedopt import FedAdam
 from flwr.serverapp.strategy import FedMedian
 from pydantic import Field
 
 from fedllm import registry
 from fedllm.errors import ConfigError, RegistryError
 from fedllm.strategy import BaseStrategy
-from fedllm.strategies.fedopt import FedAdam
 
 
 class TrimmedMean(BaseStrategy):
@@ -48,7 +48,9 @@ def test_configuration_wins_over_what_the_framework_gives():
 
 
 def test_flowers_own_strategies_can_be_named():
-    strategy = registry.build("strategies", "flwr.serverapp.strategy:FedMedian", {"min-train-nodes": 3}, seed=1)
+    strategy = registry.build(
+        "strategies", "flwr.serverapp.strategy:FedMedian", {"min-train-nodes": 3}, seed=1
+    )
     assert isinstance(strategy, FedMedian)
     assert strategy.min_train_nodes == 3
 
@@ -62,7 +64,10 @@ def test_parameters_of_a_plugin_in_the_run_configuration():
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({"strategy": "fedadam", "fedadam.etta": 1}, "unknown configuration key fedadam.etta; did you mean fedadam.eta?"),
+        (
+            {"strategy": "fedadam", "fedadam.etta": 1},
+            "unknown configuration key fedadam.etta; did you mean fedadam.eta?",
+        ),
         ({"strategy": "fedadam", "fedadam.eta": -1}, r"fedadam.eta.*greater than 0"),
         ({"strategy": HERE, "trimmed-mean.trim": 0.7}, r"trimmed-mean.trim.*less than 0.5"),
         ({"client": "backprop", "backprop.optimizer": "lion"}, r"backprop.optimizer.*'adamw' or 'sgd'"),

@@ -9,6 +9,8 @@ import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
 import torch
+from fedllm.strategies.fedavg import FedAvg
+from fedllm.strategies.fedopt import FedAdam, FedAvgM, FedYogi
 from flwr.app import Array, ArrayRecord, Error, Message
 
 from fedllm.checkpoint import CheckpointStore
@@ -17,8 +19,6 @@ from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
 from fedllm.records import decode, encode
 from fedllm.rounds import run_rounds
-from fedllm.strategies.fedavg import FedAvg
-from fedllm.strategies.fedopt import FedAdam, FedAvgM, FedYogi
 from tests.fakes import FakeGrid, drift, drifting_client, initial_arrays, reply_with
 
 NAMES = {11: "2", 7: "0", 23: "10", 5: "1", 42: "3"}
@@ -75,7 +75,9 @@ PAIRS = [
 @pytest.mark.parametrize(("ours", "theirs", "settings"), PAIRS, ids=[pair[0].__name__ for pair in PAIRS])
 def test_agrees_with_flowers_own_loop(ours, theirs, settings):
     mine, _ = run(ours(fraction_evaluate=0.0, **settings), rounds=4)
-    stock = theirs(fraction_evaluate=0.0, **settings).start(FakeGrid(NAMES, drifting_client), initial_arrays(), 4)
+    stock = theirs(fraction_evaluate=0.0, **settings).start(
+        FakeGrid(NAMES, drifting_client), initial_arrays(), 4
+    )
     for name, value in numbers(stock.arrays).items():
         np.testing.assert_allclose(mine.arrays[name].numpy(), value, rtol=2e-5, atol=1e-6)
         assert mine.arrays[name].dtype == "float32"
@@ -88,7 +90,10 @@ def test_weighted_mean_is_the_dense_formula():
         replies = []
         for node in NAMES:
             generator = torch.Generator().manual_seed(1000 + node)
-            state = {k: 0.1 * torch.randn(v.shape, generator=generator) for k, v in numbers(initial_arrays()).items()}
+            state = {
+                k: 0.1 * torch.randn(v.shape, generator=generator)
+                for k, v in numbers(initial_arrays()).items()
+            }
             replies.append(start + state[name].numpy())
         expected = np.einsum("c,c...->...", weights / weights.sum(), np.stack(replies))
         np.testing.assert_allclose(result.arrays[name].numpy(), expected, rtol=1e-6, atol=1e-7)
@@ -96,7 +101,9 @@ def test_weighted_mean_is_the_dense_formula():
 
 def test_half_precision_updates_are_averaged_in_full_precision():
     def client(message, node):
-        return reply_with(message, ArrayRecord({"w": Array(np.full(3, 0.1, dtype=np.float16))}), num_examples=1)
+        return reply_with(
+            message, ArrayRecord({"w": Array(np.full(3, 0.1, dtype=np.float16))}), num_examples=1
+        )
 
     initial = ArrayRecord({"w": Array(np.zeros(3, dtype=np.float16))})
     nodes = range(1, 2001)
@@ -189,7 +196,9 @@ def test_a_bad_reply_is_named_and_has_no_effect(kind):
 def test_stock_strategies_are_protected_too(kind):
     result, recorder = run(flower.FedAvg(fraction_evaluate=0.0), client=bad_reply(kind), rounds=1)
     assert len(recorder.of("node-dropped")) == 1
-    assert all(np.isfinite(value).all() and np.abs(value).max() < 3 for value in numbers(result.arrays).values())
+    assert all(
+        np.isfinite(value).all() and np.abs(value).max() < 3 for value in numbers(result.arrays).values()
+    )
 
 
 def test_all_clients_failing_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -199,7 +208,9 @@ def test_all_clients_failing_stops_the_run_and_keeps_the_checkpoint(tmp_path):
         return drifting_client(message, node)
 
     store = CheckpointStore(tmp_path, "f")
-    with pytest.raises(RoundError, match=r"round 3: every client failed.*CUDA out of memory.*checkpoint is kept"):
+    with pytest.raises(
+        RoundError, match=r"round 3: every client failed.*CUDA out of memory.*checkpoint is kept"
+    ):
         run(client=client, rounds=6, checkpoints=store)
     state, _ = store.latest()
     expected, _ = run(rounds=2)
@@ -274,7 +285,9 @@ def test_late_replies_do_not_leak_into_the_next_round():
 
 def test_too_few_nodes_is_an_error_that_says_how_many():
     options = LoopOptions(min_nodes=9, node_timeout=0.3)
-    with pytest.raises(PlanError, match=r"5 usable nodes after 0.3 s, expected at least 9 \(server.min-nodes\)"):
+    with pytest.raises(
+        PlanError, match=r"5 usable nodes after 0.3 s, expected at least 9 \(server.min-nodes\)"
+    ):
         run(options=options)
 
 

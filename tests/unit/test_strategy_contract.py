@@ -31,7 +31,11 @@ def one_round(strategy, grid, arrays, server_round):
     assert messages
     replies = [drifting_client(message, message.metadata.dst_node_id) for message in messages]
     for reply, message in zip(replies, messages, strict=True):
-        spec = strategy.reply_spec(message) if hasattr(strategy, "reply_spec") else spec_of(message.content["arrays"])
+        spec = (
+            strategy.reply_spec(message)
+            if hasattr(strategy, "reply_spec")
+            else spec_of(message.content["arrays"])
+        )
         check_reply(reply, spec)
     new, metrics = strategy.aggregate_train(server_round, iter(replies))
     assert isinstance(new, ArrayRecord)

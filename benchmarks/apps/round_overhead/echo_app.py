@@ -9,12 +9,11 @@ from statistics import median
 
 import numpy as np
 import psutil
+from fedllm.strategies.fedavg import FedAvg
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg as StockFedAvg
-
-from fedllm.strategies.fedavg import FedAvg
 
 client = ClientApp()
 server = ServerApp()
@@ -79,8 +78,10 @@ def main(grid: Grid, context: Context) -> None:
         stock = StockFedAvg(fraction_evaluate=0.0, min_available_nodes=nodes)
         figures["stock"].append(measure(stock.start, grid, arrays, rounds))
     Path(str(config["out"])).write_text(
-        json.dumps({
-            name: {"seconds": median(s for s, _ in runs), "growth": max(g for _, g in runs)}
-            for name, runs in figures.items()
-        })
+        json.dumps(
+            {
+                name: {"seconds": median(s for s, _ in runs), "growth": max(g for _, g in runs)}
+                for name, runs in figures.items()
+            }
+        )
     )
