@@ -1,8 +1,8 @@
 """Atomic, resumable server state: safetensors for tensors, JSON for the rest, a hash over both.
 
 ``checkpoints/round-000003/`` holds ``arrays.safetensors`` (the global adapter), ``strategy.safetensors`` and
-``state.json`` (round, strategy values, history, fingerprint, file hashes). A checkpoint is written to a temporary folder,
-flushed to the disk and renamed, so that a crash leaves either the whole of it or nothing.
+``state.json`` (round, strategy values, history, fingerprint, file hashes). A checkpoint is written to a temporary
+folder, flushed to the disk and renamed, so that a crash leaves either the whole of it or nothing.
 """
 
 from __future__ import annotations

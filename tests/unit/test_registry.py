@@ -95,5 +95,5 @@ def test_unknown_plugins(ref, message):
 def test_two_packages_with_one_name(monkeypatch):
     points = tuple(EntryPoint("mine", value, "fedllm.strategies") for value in ("a:A", "b:B"))
     monkeypatch.setattr(registry, "_entry_points", lambda kind: points)
-    with pytest.raises(RegistryError, match="two plug-ins .* 'mine': a:A and b:B"):
+    with pytest.raises(RegistryError, match=r"two plug-ins .* 'mine': a:A and b:B"):
         registry.available("strategies")
