@@ -149,7 +149,9 @@ class DataConfig(Section):
     max_length: int = Field(128, ge=4, le=131072, description="tokens kept of an example")
     train_rows: int = Field(0, ge=0, description="use only the first N training rows; 0: all")
     test_rows: int = Field(0, ge=0, description="use only the first N test rows; 0: all")
-    max_rows_per_label: int = Field(0, ge=0, description="keep at most N training rows of a class; 0: all")
+    max_rows_per_label: int = Field(
+        0, ge=0, description="keep at most N rows of a class, before test rows are held out; 0: all"
+    )
     partitioner: Literal["iid", "dirichlet", "pathological", "shard", "natural-id", "sizes"] = Field(
         "iid", description="how the training rows are dealt to the clients"
     )

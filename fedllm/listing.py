@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm import registry
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, kebab
 from fedllm.scaffold import choices_of
 
 Keys = list[dict[str, Any]]
@@ -23,7 +23,32 @@ def plugins() -> Plugins:
 
 
 def keys() -> Keys:
-    """Every configuration key with its type, choices, default and description."""
+    """Every configuration key, those of the registered plug-ins last.
+
+    Returns:
+        Objects with ``key``, ``type``, ``choices``, ``default`` and ``description``.
+    """
+    return _own_keys() + [key for kind in ("strategies", "clients") for key in _plugin_keys(kind)]
+
+
+def _plugin_keys(kind: str) -> Keys:
+    found: Keys = []
+    for name in registry.available(kind):
+        model = registry.parameters_model(registry.load(kind, name))
+        for parameter, field in model.model_fields.items():
+            found.append(
+                {
+                    "key": f"{name}.{kebab(parameter)}",
+                    "type": type(field.default).__name__,
+                    "choices": list(choices_of(field)),
+                    "default": field.default,
+                    "description": f"parameter of {name} ({kind})",
+                }
+            )
+    return found
+
+
+def _own_keys() -> Keys:
     defaults = RunConfig().to_flat()
     return [
         {

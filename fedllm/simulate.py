@@ -159,9 +159,33 @@ def print_plan(job: Job, data: DataSummary, console: Console) -> None:
     grid.add_row("model", f"{config.model.name}, LoRA rank {config.lora.rank}")
     for label, text in data.lines():
         grid.add_row(label, text)
+    grid.add_row("machine", placement(config, os.cpu_count() or 1, _gpus()))
     grid.add_row("results", str(job.run_dir))
     console.print(Text(f"fedllm {__version__} · {config.run.name}", style="bold"))
     console.print(grid)
+    if _gpus() and config.simulation.gpus_per_client == 0:
+        hint = "a GPU is idle: give each client a share, for example -c simulation.gpus-per-client=0.25"
+        console.print(Text(hint, style="yellow"))
+
+
+def placement(config: RunConfig, cpus: int, gpus: int) -> str:
+    """How many clients run at a time, and what each of them gets."""
+    simulation = config.simulation
+    fitting = cpus // simulation.cpus_per_client
+    share = f"{simulation.cpus_per_client} of {cpus} CPUs"
+    if simulation.gpus_per_client > 0:
+        # Ray packs shares of a GPU, but never splits a client's share over two.
+        per_gpu = int(1 / simulation.gpus_per_client + 1e-9)
+        on_gpus = gpus * per_gpu if per_gpu else int(gpus / simulation.gpus_per_client)
+        fitting = min(fitting, on_gpus)
+        share += f" and {simulation.gpus_per_client:g} of {gpus} GPUs"
+    return f"{min(fitting, simulation.clients)} of {simulation.clients} clients at a time, {share} each"
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _checked_name(name: str) -> str:
@@ -183,14 +207,11 @@ def _check_simulation(config: RunConfig) -> None:
             f"simulation.cpus-per-client is {simulation.cpus_per_client}, but this machine has {cpus} CPUs; "
             "no client could start"
         )
-    if simulation.gpus_per_client > 0:
-        import torch
-
-        if simulation.gpus_per_client > torch.cuda.device_count():
-            raise ConfigError(
-                f"simulation.gpus-per-client is {simulation.gpus_per_client:g}, but torch sees "
-                f"{torch.cuda.device_count()} CUDA devices; `fedllm doctor` says more"
-            )
+    if simulation.gpus_per_client > 0 and simulation.gpus_per_client > (gpus := _gpus()):
+        raise ConfigError(
+            f"simulation.gpus-per-client is {simulation.gpus_per_client:g}, but torch sees {gpus} CUDA devices; "
+            "`fedllm doctor` says more"
+        )
 
 
 def _check_run_folder(job: Job, saved_clients: Scalar | None) -> None:

@@ -97,6 +97,12 @@ def test_shards_are_runs_of_one_label():
     assert all(len({keys[index] for index in part}) <= 2 for part in parts)
 
 
+def test_shards_go_round_even_if_rows_are_scarce():
+    for clients in range(1, 12):
+        data = DataConfig(partitioner="shard", shards_per_client=1)
+        assert_covers(partition_rows(data, labels(11, 3), clients, 0), 11, clients)
+
+
 def test_natural_id_gives_each_owner_its_rows():
     owners = ["zoe", "adam", "zoe", "bea", "adam", "zoe"]
     data = DataConfig(partitioner="natural-id", id_column="owner")
