@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any, get_args
 
 from rich.console import Console
@@ -32,20 +33,29 @@ def keys() -> Keys:
 
 
 def _plugin_keys(kind: str) -> Keys:
+    """Parameters that a plug-in's own constructor names; what it inherits is set by keys of fedllm's own."""
     found: Keys = []
     for name in registry.available(kind):
-        model = registry.parameters_model(registry.load(kind, name))
-        for parameter, field in model.model_fields.items():
-            found.append(
-                {
-                    "key": f"{name}.{kebab(parameter)}",
-                    "type": type(field.default).__name__,
-                    "choices": list(choices_of(field)),
-                    "default": field.default,
-                    "description": f"parameter of {name} ({kind})",
-                }
-            )
+        cls = registry.load(kind, name)
+        fields = registry.parameters_model(cls).model_fields
+        for parameter in inspect.signature(cls.__init__).parameters:
+            if "__init__" in cls.__dict__ and parameter in fields:
+                found.append(
+                    {
+                        "key": f"{name}.{kebab(parameter)}",
+                        "type": type(fields[parameter].default).__name__,
+                        "choices": list(choices_of(fields[parameter])),
+                        "default": fields[parameter].default,
+                        "description": _described(cls, parameter),
+                    }
+                )
     return found
+
+
+def _described(cls: type[Any], parameter: str) -> str:
+    """What the ``Args`` section of a class's docstring says of a parameter, up to the end of the line."""
+    line = re.search(rf"^\s+{parameter}: (.+)$", inspect.getdoc(cls) or "", re.MULTILINE)
+    return line.group(1) if line else f"see the documentation of {cls.__name__}"
 
 
 def _own_keys() -> Keys:

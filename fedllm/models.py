@@ -237,6 +237,12 @@ def merge_adapter(adapter: Path, out: Path) -> None:
 def _build_bundle(config: RunConfig, labels: tuple[str, ...]) -> ModelBundle:
     device = resolve_device(config.model.device)
     base = load_base(config.model, config.task, labels, device, derive_seed(config.seed, "heads"))
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ModelError(
+            f"data.max-length is {config.data.max_length} tokens, but {config.model.name} has {positions} positions; "
+            f"set data.max-length to {positions} or less"
+        )
     settings = build_peft_config(config.lora, config.task, base.model, base.heads)
     model = _adapt(base, settings, derive_seed(config.seed, "adapter"))
     return ModelBundle(model, base.tokenizer, device, config.model, config.task, labels)

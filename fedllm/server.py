@@ -20,6 +20,7 @@ from fedllm.data import label_names, test_examples
 from fedllm.errors import ConfigError
 from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
 from fedllm.exchange import LoopOptions
+from fedllm.generation import check_generation, generation_metrics
 from fedllm.models import ModelBundle, load_bundle
 from fedllm.records import (
     CLIENT,
@@ -53,6 +54,7 @@ def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
     logging.getLogger("fedllm").setLevel(logging.INFO)
     config = registry.config_from_flat(flat)
     registry.check(config)
+    check_generation(config)
     folder = run_folder(config)
     _claim(folder, config)
     logger.info("run folder: %s", folder)
@@ -197,6 +199,15 @@ class _Run:
             self.bundle.tokenizer.pad_token_id,
             self.bundle.device,
         )
+        if self.config.evaluation.generate:
+            metrics |= generation_metrics(
+                self.bundle.model,
+                self.bundle.tokenizer,
+                self.test,
+                self.config,
+                self.bundle.tokenizer.pad_token_id,
+                self.bundle.device,
+            )
         return MetricRecord({name: value for name, value in metrics.items() if name != NUM_EXAMPLES})
 
     def _keep_best(self, server_round: int, arrays: ArrayRecord, result: Result) -> None:

@@ -7,19 +7,28 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    {"errors", "seeding", "config", "tasks", "lora", "records", "encoded", "batches", "generation", "splits"},
     {
-        "models",
-        "model_sources",
-        "tiny_models",
-        "data",
-        "data_sources",
-        "partition",
-        "checkpoint",
-        "events",
-        "sinks",
-    },
+        "errors",
+        "seeding",
+        "config",
+        "tasks",
+        "lora",
+        "records",
+        "encoded",
+        "batches",
+        "generation",
+        "tokenization",
+    }
+    | {"outcomes"},
+    {"models", "model_sources", "base_models", "tiny_models", "lora_targets", "checkpoint", "events", "sinks"}
+    | {"data", "data_sources", "run_rows", "rows", "chatterbot", "token_cache", "partition", "progress_bars"}
+    | {"history", "narration"},
     {"accumulate", "spool", "nodes", "exchange", "strategy", "rounds", "update", "split", "node", "registry"},
+    {"server", "client", "report", "plots", "progress"},
+    {"server_app", "client_app", "simulate", "superlink", "watch", "doctor", "scaffold", "listing"}
+    | {"app_config", "processes"},
+    {"cli"},
+    {"__main__"},
 ]
 PURE = {"torch", "numpy", "scipy", "math", "collections", "typing", "dataclasses", "__future__"}
 
@@ -65,6 +74,13 @@ def test_layers_import_downwards_only():
                 if path.exists():
                     wrong = {n.split(".")[1] for n in imports(path) if n.startswith("fedllm.")} & higher
                     assert not wrong, f"{path.name} imports {wrong}"
+
+
+def test_every_module_has_a_layer():
+    known = set().union(*LAYERS) | {"__init__"}
+    assert {
+        path.relative_to(ROOT / "fedllm").parts[0].removesuffix(".py") for path in sources("fedllm")
+    } <= known
 
 
 def test_adapter_algebra_is_pure():

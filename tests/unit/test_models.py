@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedllm import models
-from fedllm.config import RunConfig
+from fedllm.config import DataConfig, ModelConfig, RunConfig
 from fedllm.errors import ModelError
 from fedllm.model_sources import resolve_model
 from fedllm.models import clear_bundles, load_bundle, merge_adapter
@@ -473,3 +473,9 @@ def test_evaluating_leaves_4bit_weights_as_they_are():
     torch.testing.assert_close(logits(bundle.model, bundle), first, atol=0, rtol=0)
     after = bundle.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_more_tokens_than_positions_are_refused():
+    config = RunConfig(model=ModelConfig(name="tiny-random:bert"), data=DataConfig(max_length=100_000))
+    with pytest.raises(ModelError, match=r"data.max-length is 100000 tokens, but tiny-random:bert has \d+ positions"):
+        load_bundle(config, ("a", "b"))
