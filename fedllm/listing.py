@@ -40,12 +40,14 @@ def _plugin_keys(kind: str) -> Keys:
         fields = registry.parameters_model(cls).model_fields
         for parameter in inspect.signature(cls.__init__).parameters:
             if "__init__" in cls.__dict__ and parameter in fields:
+                field = fields[parameter]
+                default = None if field.is_required() else field.default
                 found.append(
                     {
                         "key": f"{name}.{kebab(parameter)}",
-                        "type": type(fields[parameter].default).__name__,
-                        "choices": list(choices_of(fields[parameter])),
-                        "default": fields[parameter].default,
+                        "type": "required" if field.is_required() else type(default).__name__,
+                        "choices": list(choices_of(field)),
+                        "default": default,
                         "description": _described(cls, parameter),
                     }
                 )
@@ -100,9 +102,6 @@ def print_keys(found: Keys, console: Console) -> None:
         line.append(f"  {' | '.join(entry['choices']) or entry['type']}", style="green")
         console.print(line)
         console.print(Text(f"    {entry['description']}", style="dim"))
-    console.print(
-        Text("\nparameters of a strategy or client: <its name>.<parameter>, e.g. fedadam.eta", style="dim")
-    )
 
 
 def _tasks() -> dict[str, str]:
