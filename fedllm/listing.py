@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from typing import Any, get_args
 
@@ -98,7 +99,7 @@ def print_keys(found: Keys, console: Console) -> None:
             section = table
             console.print(Text(f"\n[{section}]" if section else "[general]", style="bold"))
         line = Text(entry["key"], style="cyan")
-        line.append(f" = {_shown(entry['default'])}", style="default")
+        line.append(f" = {json.dumps(entry['default'], ensure_ascii=False)}", style="default")
         line.append(f"  {' | '.join(entry['choices']) or entry['type']}", style="green")
         console.print(line)
         console.print(Text(f"    {entry['description']}", style="dim"))
@@ -109,13 +110,3 @@ def _tasks() -> dict[str, str]:
 
     names = get_args(RunConfig.model_fields["task"].annotation)
     return {name: (inspect.getdoc(get_task(name)) or "").partition("\n")[0] for name in names}
-
-
-def _shown(value: object) -> str:
-    return (
-        f'"{value}"'
-        if isinstance(value, str)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
