@@ -213,7 +213,9 @@ class ServerConfig(Section):
     spool_megabytes: float = Field(
         32.0, ge=0, description="replies that wait their turn in memory, in MB; more go to disk"
     )
-    poll_interval: float = Field(0.02, gt=0, le=10, description="seconds between two looks for replies")
+    poll_interval: float = Field(
+        0.05, gt=0, le=10, description="longest pause in seconds between two looks for replies"
+    )
 
     @model_validator(mode="after")
     def _deadline_before_timeout(self) -> Self:

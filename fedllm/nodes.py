@@ -53,9 +53,10 @@ class NodeDirectory:
         self._poll_interval = poll_interval
         self._known: dict[int, NodeInfo] = {}
         self._rejected: dict[int, str] = {}
+        self._pending: dict[str, int] = {}
 
     def wait_for(self, min_nodes: int) -> list[NodeInfo]:
-        """All usable nodes in stable order, once there are enough of them.
+        """All usable nodes in stable order, once there are enough of them and nobody's description is outstanding.
 
         Raises:
             PlanError: fewer than ``min_nodes`` within the timeout; says how many are there and who was rejected.
@@ -63,15 +64,21 @@ class NodeDirectory:
         deadline = time.monotonic() + self._timeout
         told = -1
         while True:
-            nodes = self.refresh(max(deadline - time.monotonic(), 0.0))
-            if len(nodes) >= min_nodes:
+            nodes = self.refresh()
+            late = time.monotonic() >= deadline
+            if len(nodes) >= min_nodes and (late or not self._pending):
+                if self._pending:
+                    message = (
+                        f"{len(self._pending)} nodes did not describe themselves within {self._timeout:g} s"
+                    )
+                    self._events.emit("warning", message=message)
                 return nodes
-            if len(nodes) != told:
+            if late:
+                raise PlanError(self._too_few(len(nodes), min_nodes))
+            if len(nodes) < min_nodes and len(nodes) != told:
                 told = len(nodes)
                 self._events.emit("waiting-for-nodes", have=told, need=min_nodes)
-            if time.monotonic() >= deadline:
-                raise PlanError(self._too_few(len(nodes), min_nodes))
-            time.sleep(min(0.2, self._timeout / 10))
+            time.sleep(self._poll_interval)
 
     def _too_few(self, have: int, need: int) -> str:
         message = (
@@ -82,39 +89,32 @@ class NodeDirectory:
             message += f"; {len(self._rejected)} rejected: {reasons}"
         return message + "; connect more nodes, lower server.min-nodes or raise server.node-timeout"
 
-    def refresh(self, timeout: float | None = None) -> list[NodeInfo]:
-        """Usable nodes that are connected now, in stable order; newcomers are described first."""
+    def refresh(self) -> list[NodeInfo]:
+        """Usable nodes that are connected now, in stable order; newcomers are asked, but not waited for."""
         connected = set(self._grid.get_node_ids())
         # A rejected node gets another chance after it has gone away and come back.
         self._rejected = {i: reason for i, reason in self._rejected.items() if i in connected}
-        newcomers = connected - set(self._known) - set(self._rejected)
-        if newcomers:
-            self._describe(newcomers, self._timeout if timeout is None else timeout)
-        return sorted((self._known[i] for i in connected & set(self._known)), key=lambda node: node.order)
+        self._pending = {message: i for message, i in self._pending.items() if i in connected}
+        self._ask(connected - self._known.keys() - self._rejected.keys() - set(self._pending.values()))
+        if self._pending:
+            for reply in self._grid.pull_messages(set(self._pending)):
+                node_id = self._pending.pop(reply.metadata.reply_to_message_id, None)
+                if node_id is not None:
+                    self._register(node_id, reply)
+        return sorted((self._known[i] for i in connected & self._known.keys()), key=lambda node: node.order)
 
     def name(self, node_id: int) -> str:
         """The name under which a node is known; its id if it never described itself."""
         return self._known[node_id].name if node_id in self._known else str(node_id)
 
-    def _describe(self, node_ids: Iterable[int], timeout: float) -> None:
-        asked = [
-            Message(RecordDict(), dst_node_id=node_id, message_type=DESCRIBE, ttl=timeout + 60)
-            for node_id in sorted(node_ids)
-        ]
-        waiting = set(self._grid.push_messages(asked))
-        deadline = time.monotonic() + timeout
-        while waiting and time.monotonic() < deadline:
-            for reply in self._grid.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                self._register(reply)
-            if waiting:
-                time.sleep(self._poll_interval)
-        if waiting:
-            message = f"{len(waiting)} nodes did not describe themselves within {timeout:g} s"
-            self._events.emit("warning", message=message)
+    def _ask(self, node_ids: Iterable[int]) -> None:
+        for node_id in sorted(node_ids):
+            message = Message(RecordDict(), dst_node_id=node_id, message_type=DESCRIBE)
+            for message_id in self._grid.push_messages([message]):
+                if message_id:
+                    self._pending[message_id] = node_id
 
-    def _register(self, reply: Message) -> None:
-        node_id = reply.metadata.src_node_id
+    def _register(self, node_id: int, reply: Message) -> None:
         if reply.has_error():
             reason = reply.error.reason or "unknown error"
             if "No query function registered" in reason:

@@ -471,3 +471,42 @@ def test_events_are_json_and_complete(tmp_path):
     assert replied["bytes_up"] > 0
     assert replied["bytes_down"] > 0
     assert replied["num_examples"] >= 15
+
+
+def test_a_node_that_never_describes_itself_delays_the_start_only():
+    class Mute(FakeGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            ids = super().push_messages(messages)
+            for message in messages:
+                if message.metadata.message_type == "query.describe" and message.metadata.dst_node_id == 23:
+                    del self._due[message.metadata.message_id]
+            return ids
+
+    grid = Mute(NAMES, drifting_client, names=NAMES)
+    started = time.monotonic()
+    options = LoopOptions(min_nodes=2, node_timeout=0.5, poll_interval=0.001)
+    _, recorder = run(grid=grid, rounds=3, options=options)
+    assert time.monotonic() - started < 2
+    assert "1 nodes did not describe themselves" in recorder.of("warning")[0]["message"]
+    assert [event["asked"] for event in recorder.of("aggregated")] == [4, 4, 4]
+
+
+def test_a_node_that_joins_during_the_run_takes_part():
+    grid = FakeGrid([11, 7], drifting_client, names=NAMES)
+
+    def join(server_round, arrays, result):
+        grid.nodes = [11, 7, 5]
+
+    _, recorder = run(grid=grid, rounds=4, after_round=join)
+    assert [event["asked"] for event in recorder.of("aggregated")] == [2, 3, 3, 3]
+
+
+def test_a_node_that_leaves_is_not_asked_any_more():
+    grid = FakeGrid(NAMES, drifting_client, names=NAMES)
+
+    def leave(server_round, arrays, result):
+        grid.nodes = [11, 7, 5]
+
+    _, recorder = run(grid=grid, rounds=2, after_round=leave)
+    assert [event["asked"] for event in recorder.of("aggregated")] == [5, 3]
