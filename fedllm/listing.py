@@ -79,9 +79,7 @@ def print_plugins(found: Plugins, console: Console) -> None:
     """Print what :func:`plugins` returns, one line each."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     for kind, entries in found.items():
-        if not entries:
-            continue
-        table.add_row(Text(kind, style="bold"))
+        table.add_row(Text(kind, style="bold"), Text("" if entries else "none installed", style="dim"))
         for name, description in entries.items():
             table.add_row(Text(f"  {name}", style="cyan"), description)
     console.print(table)

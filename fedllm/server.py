@@ -51,7 +51,7 @@ def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
     Raises:
         FedLLMError: bad configuration or data before work starts; later, a run that cannot go on.
     """
-    logging.getLogger("fedllm").setLevel(logging.INFO)
+    _log_to_console()
     config = registry.config_from_flat(flat)
     registry.check(config)
     check_generation(config)
@@ -69,6 +69,16 @@ def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
         events.emit("run-finished", rounds=config.rounds, seconds=time.monotonic() - started, metrics=metrics)
     write_report([folder], folder / "report.html")
     return result
+
+
+def _log_to_console() -> None:
+    """Show progress in a plain `flwr run --stream`: Flower sets up a handler for its own logger only."""
+    log = logging.getLogger("fedllm")
+    log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
 
 
 def run_folder(config: RunConfig) -> Path:
