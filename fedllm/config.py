@@ -358,7 +358,8 @@ class RunConfig(Section):
         """
         free = (
             "run.",
-            "simulation.",
+            "simulation.cpus-per-client",
+            "simulation.gpus-per-client",
             "server.node-timeout",
             "server.deadline",
             "server.round-timeout",

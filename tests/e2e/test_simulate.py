@@ -179,10 +179,10 @@ def test_an_interrupted_run_is_stopped_and_cleaned_up(start, tmp_path, number, c
 def test_nothing_outlives_a_killed_command(start, tmp_path):
     process = start(4)
     wait_for((tmp_path / "runs" / "run" / "events.jsonl").is_file)
-    mark = process_mark(process)
+    mark, home = process_mark(process), flower_home(process)
     process.kill()
     process.communicate()
-    wait_for(lambda: not marked(mark), seconds=60)
+    wait_for(lambda: not marked(mark) and not os.path.exists(home))
 
 
 def process_mark(process):

@@ -88,13 +88,17 @@ def test_out_of_bounds_names_the_key(flat, message):
 
 def test_fingerprint_changes_with_what_decides_the_numbers_only():
     base = read().fingerprint()
-    assert read(rounds=99, run__name="x", server__deadline=5.0, simulation__clients=3).fingerprint() == base
+    assert (
+        read(rounds=99, run__name="x", server__deadline=5.0, simulation__gpus_per_client=0.5).fingerprint()
+        == base
+    )
     for change in (
         {"seed": 1},
         {"lora__rank": 2},
         {"strategy": "fedadam"},
         {"fedadam__eta": 0.5},
         {"data__alpha": 2.0},
+        {"simulation__clients": 3},
     ):
         assert read(**change).fingerprint() != base, change
 

@@ -477,5 +477,7 @@ def test_evaluating_leaves_4bit_weights_as_they_are():
 
 def test_more_tokens_than_positions_are_refused():
     config = RunConfig(model=ModelConfig(name="tiny-random:bert"), data=DataConfig(max_length=100_000))
-    with pytest.raises(ModelError, match=r"data.max-length is 100000 tokens, but tiny-random:bert has \d+ positions"):
+    with pytest.raises(
+        ModelError, match=r"data.max-length is 100000 tokens, but tiny-random:bert has \d+ positions"
+    ):
         load_bundle(config, ("a", "b"))
