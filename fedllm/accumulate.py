@@ -70,8 +70,8 @@ class WeightedMean:
         self._weight += reply.weight
 
     def result(self) -> dict[str, torch.Tensor]:
-        """The mean as float32."""
-        return {name: (total / self._weight).to(torch.float32) for name, total in self._sums.items()}
+        """The mean as float64."""
+        return {name: total / self._weight for name, total in self._sums.items()}
 
 
 class MetricsMean:

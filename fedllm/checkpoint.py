@@ -69,11 +69,13 @@ class CheckpointStore:
 
         Raises:
             OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        CheckpointError: the strategy's state holds something that cannot be stored; its place is named.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         target = self._folder / f"round-{state.round:06d}"
         temporary = self._folder / f".{target.name}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for torn in self._folder.glob(".round-*"):  # what a killed process left behind
+            shutil.rmtree(torn, ignore_errors=True)
         try:
             temporary.mkdir()
             self._write(temporary, state)
@@ -163,8 +165,11 @@ class CheckpointStore:
 def _strip_tensors(value: Any, path: str, tensors: dict[str, np.ndarray[Any, Any]]) -> Any:
     """JSON values with every tensor replaced by a reference to ``tensors``."""
     if isinstance(value, torch.Tensor):
-        tensors[path] = np.ascontiguousarray(value.detach().cpu().numpy())
-        return {_TENSOR: path, "kind": "torch"}
+        value = value.detach().cpu().contiguous()
+        # NumPy has no bfloat16; its bits travel as integers.
+        words = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
+        tensors[path] = words.numpy()
+        return {_TENSOR: path, "kind": "bfloat16" if words is not value else "torch"}
     if isinstance(value, np.ndarray):
         # ascontiguousarray would turn a scalar array into a vector.
         tensors[path] = np.ascontiguousarray(value).reshape(value.shape)
@@ -173,14 +178,24 @@ def _strip_tensors(value: Any, path: str, tensors: dict[str, np.ndarray[Any, Any
         return {str(key): _strip_tensors(entry, f"{path}/{key}", tensors) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_strip_tensors(entry, f"{path}/{index}", tensors) for index, entry in enumerate(value)]
-    return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(
+        f"the strategy's state has a {type(value).__name__} at {path!r}; a checkpoint keeps tensors, arrays, numbers, "
+        "text, lists and mappings"
+    )
 
 
 def _restore_tensors(value: Any, tensors: Mapping[str, np.ndarray[Any, Any]]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
             array = tensors[value[_TENSOR]]
-            return torch.from_numpy(array.copy()) if value["kind"] == "torch" else array
+            if value["kind"] == "numpy":
+                return array
+            tensor = torch.from_numpy(array.copy())
+            return tensor.view(torch.bfloat16) if value["kind"] == "bfloat16" else tensor
         return {key: _restore_tensors(entry, tensors) for key, entry in value.items()}
     if isinstance(value, list):
         return [_restore_tensors(entry, tensors) for entry in value]

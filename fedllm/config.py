@@ -77,6 +77,7 @@ class Section(BaseModel):
         populate_by_name=True,
         validate_default=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -188,7 +189,7 @@ class TrainConfig(Section):
 class ServerConfig(Section):
     """Whom the server asks, how long it waits, and when a round counts."""
 
-    fraction_train: float = Field(1.0, ge=0, le=1, description="share of the nodes that train in a round")
+    fraction_train: float = Field(1.0, gt=0, le=1, description="share of the nodes that train in a round")
     fraction_evaluate: float = Field(
         0.0, ge=0, le=1, description="share of the nodes that evaluate after a round"
     )
@@ -241,7 +242,11 @@ class WireConfig(Section):
 class RunSection(Section):
     """Where a run keeps its results."""
 
-    name: str = Field("", description="name of the run's folder; empty: the date and time")
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]*)?$",
+        description="name of the run's folder (letters, digits, dot, dash, underscore); empty: the date and time",
+    )
     root: str = Field("runs", min_length=1, description="folder that holds all runs")
     resume: bool = Field(False, description="go on from the newest good checkpoint of the run of this name")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
@@ -361,6 +366,9 @@ class RunConfig(Section):
             "simulation.cpus-per-client",
             "simulation.gpus-per-client",
             "server.node-timeout",
+            "server.min-nodes",
+            "server.quorum",
+            "server.evaluate-every",
             "server.deadline",
             "server.round-timeout",
             "server.max-failed-rounds",
@@ -376,7 +384,7 @@ class RunConfig(Section):
 
 def _to_scalar(value: Any) -> Scalar:
     if isinstance(value, tuple):
-        return ",".join(f"{entry:g}" if isinstance(entry, float) else str(entry) for entry in value)
+        return ",".join(repr(entry) if isinstance(entry, float) else str(entry) for entry in value)
     if isinstance(value, dict):
         return ",".join(f"{name}={entry}" for name, entry in value.items())
     assert isinstance(value, bool | int | float | str)

@@ -35,6 +35,7 @@ does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -152,14 +153,22 @@ class JsonlSink:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
+            self._good = path.stat().st_size
         except OSError as error:
             raise FedLLMError(f"cannot write events to {path}: {error.strerror or error}") from None
 
     def emit(self, event: Mapping[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(event, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one line; after a full disk the next event is tried again."""
+        line = (json.dumps(event, allow_nan=False) + "\n").encode()
+        try:
+            self._file.write(line)
+            self._good += len(line)
+        except OSError as error:
+            logger.error("an event could not be written to %s: %s", self._file.name, error)
+            # Half a line must not stand before the next event.
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._good)
 
     def close(self) -> None:
         """Close the file."""

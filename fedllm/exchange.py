@@ -12,8 +12,11 @@ from flwr.serverapp import Grid
 
 from fedllm.errors import ReplyError, RoundError
 from fedllm.events import EventBus
+from fedllm.narration import printable
 from fedllm.records import NUM_EXAMPLES, records_of, wire_bytes
 from fedllm.spool import ReplySpool
+
+_MAX_REASON = 2000
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class QuorumError(RoundError):
     """A round closed with too few valid replies; the global model stays as it was.
 
     Attributes:
-        hopeless: every client that was asked has answered, and not one answer is usable.
+        hopeless: several clients were asked, all have answered, and not one answer is usable.
     """
 
     def __init__(self, message: str, hopeless: bool) -> None:
@@ -102,6 +105,7 @@ class Exchange:
         self._sent: dict[str, tuple[int, Message]] = {}
         self._open: set[str] = set()
         self._bytes: dict[int, int] = {}
+        self._at_once = 1
         self._started = self._last_arrival = 0.0
         self.stats = ExchangeStats()
 
@@ -109,11 +113,28 @@ class Exchange:
         """Push the messages; a node that cannot be reached counts as dropped."""
         self._started = self._last_arrival = time.monotonic()
         self.stats.asked = len(messages)
+        for message in messages:
+            # A reply that comes after the round has closed is of no use; neither is the work for it.
+            message.metadata.ttl = self._options.round_timeout
         ids = list(self._grid.push_messages(messages))
+        if (
+            messages
+            and not ids
+            and not set(self._grid.get_node_ids()).isdisjoint(
+                message.metadata.dst_node_id for message in messages
+            )
+        ):
+            raise RoundError(
+                f"round {self._where['round']}: Flower took none of {len(messages)} messages although their nodes are "
+                "connected; is the adapter too large for one request?"
+            )
         if len(ids) != len(messages):
             # The in-memory grid leaves out what it refuses; the id it gave each message tells which.
             accepted = set(ids)
             ids = [i if (i := message.metadata.message_id) in accepted else "" for message in messages]
+        # A reply is about as large as what was sent.
+        largest = max((self._sent_bytes(message) for message in messages), default=0)
+        self._at_once = max(4, self._options.spool_bytes // max(largest, 1))
         for index, (message_id, message) in enumerate(zip(ids, messages, strict=True)):
             if message_id:
                 self._sent[message_id] = (index, message)
@@ -149,9 +170,9 @@ class Exchange:
         self._require_quorum()
 
     def _pause(self) -> float:
-        """Short while replies come in, then growing to what is configured."""
+        """Short while replies come in, then as configured; after a minute of silence up to a second."""
         idle = time.monotonic() - self._last_arrival
-        return min(self._options.poll_interval, max(idle / 10, 0.002))
+        return max(min(self._options.poll_interval, max(idle / 10, 0.002)), min(idle / 100 - 0.5, 1.0))
 
     def _closed(self) -> bool:
         elapsed = time.monotonic() - self._started
@@ -160,9 +181,22 @@ class Exchange:
         return elapsed >= self._options.deadline and self.stats.valid >= self.needed
 
     def _poll(self, spool: ReplySpool) -> set[int]:
-        """Fetch what has arrived; returns the positions that are settled, with a good reply or without."""
+        """Fetch some of what has arrived; returns the positions that are settled, with a good reply or without.
+
+        A grid hands over every reply that is ready among the ids that it is given, so few are asked for at once: what
+        is in memory does not grow with the cohort. Those whose turn comes first go first.
+        """
         settled: set[int] = set()
-        for reply in self._grid.pull_messages(self._open):
+        ids = sorted(self._open, key=lambda message_id: self._sent[message_id][0])
+        for start in range(0, len(ids), self._at_once):
+            settled |= self._pull(ids[start : start + self._at_once], spool)
+            if settled:
+                break
+        return settled
+
+    def _pull(self, ids: Sequence[str], spool: ReplySpool) -> set[int]:
+        settled: set[int] = set()
+        for reply in self._grid.pull_messages(ids):
             message_id = reply.metadata.reply_to_message_id
             if message_id not in self._open:
                 continue
@@ -182,6 +216,10 @@ class Exchange:
             self._check(reply, sent)
         except ReplyError as error:
             self._drop(sent, str(error))
+            return False
+        except Exception as error:
+            # A reply is untrusted input: whatever it breaks, it must not break the run.
+            self._drop(sent, f"the reply cannot be read: {type(error).__name__}: {error}")
             return False
         self.stats.valid += 1
         self._report(reply, sent)
@@ -213,6 +251,7 @@ class Exchange:
 
     def _drop(self, sent: Message, reason: str) -> None:
         node = self._node_name(sent.metadata.dst_node_id)
+        reason = printable(reason)[:_MAX_REASON]
         self.stats.dropped[node] = reason
         self._events.emit("node-dropped", **self._where, node=node, reason=reason)
 
@@ -229,7 +268,7 @@ class Exchange:
             raise QuorumError(
                 f"{self.stats.valid} of {self.stats.asked} replies are valid, expected at least {self.needed} "
                 f"(server.quorum); {reasons}",
-                hopeless=self.stats.valid == 0 and not self._open,
+                hopeless=self.stats.valid == 0 and self.stats.asked > 1 and not self._open,
             )
 
 

@@ -11,9 +11,11 @@ from flwr.serverapp import Grid
 
 from fedllm.errors import PlanError
 from fedllm.events import EventBus
-from fedllm.records import CONFIG, records_of
+from fedllm.narration import printable
+from fedllm.records import CONFIG, MAX_EXAMPLES, NUM_EXAMPLES, records_of
 
 DESCRIBE = "query.describe"
+_MAX_NAME, _MAX_TEXT = 128, 20_000
 SHOWN = ("device", "cpus", "memory-bytes", "num-examples", "label-names", "label-counts", "version")
 """The parts of a node's description that go into its ``node-joined`` event."""
 
@@ -52,7 +54,7 @@ class NodeDirectory:
         self._timeout = timeout
         self._poll_interval = poll_interval
         self._known: dict[int, NodeInfo] = {}
-        self._rejected: dict[int, str] = {}
+        self._rejected: dict[int, tuple[str, float]] = {}
         self._pending: dict[str, int] = {}
 
     def wait_for(self, min_nodes: int) -> list[NodeInfo]:
@@ -84,16 +86,22 @@ class NodeDirectory:
         message = (
             f"{have} usable nodes after {self._timeout:g} s, expected at least {need} (server.min-nodes)"
         )
+        if self._pending:
+            message += f"; {len(self._pending)} are connected but still loading: raise server.node-timeout"
         if self._rejected:
-            reasons = "; ".join(sorted(set(self._rejected.values())))
+            reasons = "; ".join(sorted({reason for reason, _ in self._rejected.values()}))
             message += f"; {len(self._rejected)} rejected: {reasons}"
-        return message + "; connect more nodes, lower server.min-nodes or raise server.node-timeout"
+        return message + "; connect more nodes, or lower server.min-nodes"
 
     def refresh(self) -> list[NodeInfo]:
         """Usable nodes that are connected now, in stable order; newcomers are asked, but not waited for."""
         connected = set(self._grid.get_node_ids())
-        # A rejected node gets another chance after it has gone away and come back.
-        self._rejected = {i: reason for i, reason in self._rejected.items() if i in connected}
+        # A rejected node gets another chance after it has come back, or some time later: a disk may be mounted by then.
+        self._rejected = {
+            i: (reason, since)
+            for i, (reason, since) in self._rejected.items()
+            if i in connected and time.monotonic() - since < self._timeout
+        }
         self._pending = {message: i for message, i in self._pending.items() if i in connected}
         self._ask(connected - self._known.keys() - self._rejected.keys() - set(self._pending.values()))
         if self._pending:
@@ -127,6 +135,15 @@ class NodeDirectory:
         if "error" in description:
             self._reject(node_id, name, str(description["error"]))
             return
+        count = description.get(NUM_EXAMPLES, 0)
+        if len(name) > _MAX_NAME or len(str(dict(description))) > _MAX_TEXT:
+            self._reject(
+                node_id, name, f"its name has over {_MAX_NAME} characters, or its description {_MAX_TEXT}"
+            )
+            return
+        if not isinstance(count, int) or not 0 <= count <= MAX_EXAMPLES:
+            self._reject(node_id, name, f"{NUM_EXAMPLES} is {count!r}, expected a whole number of examples")
+            return
         twin = next(
             (node for node in self._known.values() if node.name == name and node.node_id != node_id), None
         )
@@ -140,12 +157,11 @@ class NodeDirectory:
         # Numeric names sort by number, so that client 10 does not stand between 1 and 2.
         number = int(name) if name.isdecimal() else 0
         order = (0 if name.isdecimal() else 1, number, name)
-        examples = description.get("num-examples", 0)
-        count = int(examples) if isinstance(examples, int | float) else 0
         self._known[node_id] = NodeInfo(node_id, name, order, count, description)
         shown = {key.replace("-", "_"): description[key] for key in SHOWN if key in description}
         self._events.emit("node-joined", node=name, **shown)
 
     def _reject(self, node_id: int, name: str, reason: str) -> None:
-        self._rejected[node_id] = f"node {name}: {reason}"
+        name, reason = printable(name)[:_MAX_NAME], printable(reason)[:_MAX_TEXT]
+        self._rejected[node_id] = (f"node {name}: {reason}", time.monotonic())
         self._events.emit("node-rejected", node=name, reason=reason)

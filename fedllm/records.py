@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -34,6 +35,10 @@ Codec = Literal["fp32", "bf16", "fp16", "int8"]
 Tensors = Mapping[str, torch.Tensor]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
+_NPY_HEADER = re.compile(
+    r"\{'descr': '([<>|=]?[a-zA-Z]\d{1,2})', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), ?\}"
+)
+
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES = "num-examples"
 SERVER_ROUND, SEED, UPLOAD_CODEC = "server-round", "seed", "upload-codec"
@@ -43,6 +48,8 @@ MAX_EXAMPLES = 10**9
 """More examples than any client can train on in a round; a reply that claims more is refused."""
 
 _NUMPY, _BF16, _INT8, _DELTA = "numpy.ndarray", "fedllm.bf16", "fedllm.int8", "+delta"
+_MAX_HEADER = 512
+_STYPES = {"bfloat16": _BF16, "int8": _INT8}
 _CODEC_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
@@ -63,6 +70,19 @@ def encode(tensors: Tensors, codec: Codec = "fp32", reference: Tensors | None = 
             assert reference is not None
             value = value - reference[name].to("cpu", torch.float32)
         record[name] = _encode_one(value, codec, relative)
+    return ArrayRecord(record)
+
+
+def encode_like(tensors: Tensors, dtypes: Mapping[str, str]) -> ArrayRecord:
+    """Encode tensors as NumPy arrays of given dtypes (default float32), integers rounded.
+
+    A model of a stock Flower app keeps its dtypes from round to round, those of its integer buffers too.
+    """
+    record: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        dtype = np.dtype(dtypes.get(name, "float32"))
+        values = tensor.detach().cpu().numpy()
+        record[name] = Array(np.asarray(np.rint(values) if dtype.kind in "iu" else values, dtype=dtype))
     return ArrayRecord(record)
 
 
@@ -87,7 +107,7 @@ def _encode_one(value: torch.Tensor, codec: Codec, relative: bool) -> Array:
 
 
 def decode(record: ArrayRecord, reference: Tensors | None = None) -> dict[str, torch.Tensor]:
-    """Decode a record to float32 CPU tensors (integer arrays keep their dtype).
+    """Decode a record to float32 CPU tensors (float64 and integer arrays keep their dtype).
 
     Args:
         record: as made by :func:`encode`, or by any Flower app from NumPy or torch.
@@ -101,7 +121,8 @@ def decode(record: ArrayRecord, reference: Tensors | None = None) -> dict[str, t
 
 def _decode_one(name: str, array: Array, reference: Tensors | None) -> torch.Tensor:
     stored = _stored_values(name, array)
-    value = stored if not stored.is_floating_point() else stored.to(torch.float32)
+    half = stored.dtype in (torch.float16, torch.bfloat16)
+    value = stored.to(torch.float32) if half else stored
     if array.stype.endswith(_DELTA):
         if reference is None or name not in reference:
             raise ReplyError(f"{name!r} carries a difference, but there is nothing that it is relative to")
@@ -136,21 +157,36 @@ def _stored_values(name: str, array: Array) -> torch.Tensor:
 
 
 def _from_npy(name: str, array: Array) -> torch.Tensor:
-    buffer = io.BytesIO(array.data)
+    """Read ``.npy`` bytes of real numbers; what they say must agree with what the array announces."""
     try:
-        version = np.lib.format.read_magic(buffer)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(buffer)
-        if dtype.hasobject:
-            raise ValueError("object arrays are not accepted")
-        flat = np.frombuffer(array.data, dtype=dtype, offset=buffer.tell())
+        dtype = np.dtype(array.dtype)
+        if dtype.kind not in "fiub":
+            raise ReplyError(f"{name!r} has dtype {array.dtype}, expected real numbers")
+        buffer = io.BytesIO(array.data)
+        major, minor = np.lib.format.read_magic(buffer)
+        if (major, minor) not in ((1, 0), (2, 0)):
+            raise ValueError(f"format {major}.{minor} of .npy files")
+        length = int.from_bytes(buffer.read(2 if major == 1 else 4), "little")
+        if length > _MAX_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        stored, fortran, shape = _parse_header(buffer.read(length))
+        if stored != dtype:
+            raise ReplyError(f"{name!r} holds {stored}, but announces {array.dtype}")
+        flat = np.frombuffer(array.data, dtype=stored, offset=buffer.tell())
         values = flat.reshape(shape, order="F" if fortran else "C")
-        # The buffer of `bytes` is read-only, which torch cannot share.
-        return torch.from_numpy(values.copy())
     except (ValueError, TypeError) as error:
         raise ReplyError(f"{name!r} is not a readable array: {error}") from error
+    # The buffer of `bytes` is read-only, which torch cannot share.
+    return torch.from_numpy(values.astype(stored.newbyteorder("="), copy=True))
+
+
+def _parse_header(header: bytes) -> tuple[np.dtype[np.generic], bool, tuple[int, ...]]:
+    """Read the header of a ``.npy`` file by a fixed pattern: NumPy's reader evaluates it as Python."""
+    match = _NPY_HEADER.fullmatch(header.decode("latin1").strip())
+    if match is None:
+        raise ValueError("a header that NumPy does not write")
+    descr, fortran, shape = match.groups()
+    return np.dtype(descr), fortran == "True", tuple(int(side) for side in shape.split(",") if side.strip())
 
 
 def wire_bytes(record: ArrayRecord) -> int:
@@ -200,12 +236,16 @@ def check_arrays(record: ArrayRecord, spec: ReplySpec) -> None:
             raise ReplyError(
                 f"{name!r} has dtype {array.dtype}, expected {' or '.join(sorted(expected.dtypes))}"
             )
+        if (stype := array.stype.removesuffix(_DELTA)) != _STYPES.get(array.dtype, _NUMPY):
+            raise ReplyError(f"{name!r} of dtype {array.dtype} is encoded as {stype!r}")
         stored = _stored_values(name, array)
         if tuple(stored.shape) != expected.shape:
             raise ReplyError(_shape_message(name, tuple(stored.shape), expected.shape))
-        if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-            bad = int((~torch.isfinite(stored)).sum())
-            raise ReplyError(f"{name!r} has {bad} values that are NaN or infinite")
+        # Aggregation is in float32 or wider: what overflows there is as bad as an infinity.
+        if stored.is_floating_point() and not bool(
+            (finite := torch.isfinite(stored.to(torch.float32))).all()
+        ):
+            raise ReplyError(f"{name!r} has {int((~finite).sum())} values that are NaN or infinite")
 
 
 def _shape_message(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
@@ -242,8 +282,8 @@ def records_of(message: Message, kind: type[Record]) -> dict[str, Record]:
 
 def release(message: Message) -> None:
     """Free the tensors of a reply that has been folded in, whoever still holds the message."""
-    for record in records_of(message, ArrayRecord).values():
-        record.clear()
+    for name in records_of(message, ArrayRecord):
+        del message.content[name]
 
 
 def only_metrics(message: Message) -> MetricRecord:

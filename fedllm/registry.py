@@ -110,7 +110,11 @@ def parameters_model(cls: type[Any]) -> type[BaseModel]:
         if not passes_on:
             break
     config = ConfigDict(
-        extra="forbid", arbitrary_types_allowed=True, alias_generator=kebab, populate_by_name=True
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        alias_generator=kebab,
+        populate_by_name=True,
     )
     return create_model(f"{cls.__name__}Parameters", __config__=config, **fields)
 
@@ -153,16 +157,34 @@ def build(kind: str, ref: str, parameters: Mapping[str, Scalar], **given: Any) -
 
 
 def check(config: RunConfig) -> None:
-    """Check that the strategy and the client update exist and take their parameters.
+    """Check that what the configuration names exists, and all parameters of plug-ins, of unused ones too.
 
     Raises:
-        ConfigError: a wrong parameter.
+        ConfigError: a wrong parameter, or codecs that the strategy cannot read.
         RegistryError: a plug-in that cannot be found or loaded.
     """
-    for kind, ref in (("strategies", config.strategy), ("clients", config.client)):
+    used = {"strategies": config.strategy, "clients": config.client}
+    for kind, ref in used.items():
         check_parameters(kind, ref, config.plugins.get(parameter_table(ref), {}))
+    for table in config.plugins.keys() - {parameter_table(ref) for ref in used.values()}:
+        for kind in (kind for kind in KINDS if table in available(kind)):
+            check_parameters(kind, table, config.plugins[table])
     for ref in config.run.sinks:
         load("sinks", ref)
+    _check_codecs(config)
+
+
+def _check_codecs(config: RunConfig) -> None:
+    """Only strategies that take a ``download_codec`` decode what comes back; Flower's own read NumPy arrays."""
+    for key, codec in (
+        ("wire.upload-codec", config.wire.upload_codec),
+        ("wire.download-codec", config.wire.download_codec),
+    ):
+        takes = "download_codec" in parameters_model(load("strategies", config.strategy)).model_fields
+        if codec != "fp32" and not takes:
+            raise ConfigError(
+                f"{key} is {codec}, but the strategy {config.strategy!r} reads fp32 only; set it to fp32"
+            )
 
 
 def config_from_flat(flat: Mapping[str, Scalar]) -> RunConfig:

@@ -17,11 +17,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.checkpoint import CheckpointStore, ServerState
-from fedllm.errors import CheckpointError, RoundError
+from fedllm.errors import CheckpointError, ReplyError, RoundError
 from fedllm.events import EventBus, LogSink
 from fedllm.exchange import Exchange, ExchangeStats, LoopOptions, QuorumError
 from fedllm.nodes import NodeDirectory
-from fedllm.records import NUM_EXAMPLES, check_reply, decode, only_arrays, spec_of
+from fedllm.records import NUM_EXAMPLES, check_reply, decode, only_arrays, only_metrics, records_of, spec_of
 from fedllm.strategy import BaseStrategy
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -111,6 +111,7 @@ class _RoundLoop:
         self.result = Result()
         self.stale: set[str] = set()
         self.failed_in_a_row = 0
+        self.metric_names: set[str] = set()
 
     def run(self, arrays: ArrayRecord, num_rounds: int, resume: bool) -> Result:
         done = 0
@@ -185,7 +186,7 @@ class _RoundLoop:
         )
         if not messages:
             return
-        exchange = self._exchange(server_round, "evaluate", _check_evaluate_reply)
+        exchange = self._exchange(server_round, "evaluate", self._check_evaluate_reply)
         exchange.send(messages)
         try:
             metrics = self.strategy.aggregate_evaluate(server_round, iter(exchange))
@@ -213,16 +214,20 @@ class _RoundLoop:
 
     def _update_nodes(self) -> None:
         nodes = self.directory.refresh()
-        if len(nodes) < self.options.min_nodes:
-            nodes = self.directory.wait_for(self.options.min_nodes)
         if isinstance(self.strategy, BaseStrategy):
-            self.strategy.nodes = nodes
-        if self.stale:
+            # A node that is away costs its reply, not the run; without any node there is nothing to do but wait.
+            self.strategy.nodes = nodes or self.directory.wait_for(1)
+        else:
+            # Flower's own sampling would wait for these without bound.
+            wanted = [getattr(self.strategy, name, 1) for name in ("min_available_nodes", "min_train_nodes")]
+            self.directory.wait_for(max(*wanted, 1))
+        for message_id in sorted(self.stale):
             # Answers that came after their round closed are fetched once, so that Flower can forget them.
-            late = {reply.metadata.reply_to_message_id for reply in self.grid.pull_messages(self.stale)}
-            self.stale -= late
+            if list(self.grid.pull_messages([message_id])):
+                self.stale.discard(message_id)
 
     def _exchange(self, server_round: int, phase: str, check: Callable[[Message, Message], None]) -> Exchange:
+        self.metric_names = set()
         return Exchange(
             self.grid,
             self.events,
@@ -235,11 +240,37 @@ class _RoundLoop:
 
     def _check_train_reply(self, reply: Message, sent: Message) -> None:
         if isinstance(self.strategy, BaseStrategy):
-            check_reply(reply, self.strategy.reply_spec(sent), self.strategy.weighted_by_key)
+            check_reply(reply, self.strategy.reply_spec(sent), self._weight_key)
         else:
-            check_reply(
-                reply, spec_of(only_arrays(sent)), getattr(self.strategy, "weighted_by_key", NUM_EXAMPLES)
-            )
+            check_reply(reply, spec_of(only_arrays(sent)), self._weight_key)
+            self._check_for_stock(reply, sent)
+
+    def _check_evaluate_reply(self, reply: Message, sent: Message) -> None:
+        check_reply(reply, None, self._weight_key)
+        if not isinstance(self.strategy, BaseStrategy):
+            self._check_for_stock(reply, None)
+
+    @property
+    def _weight_key(self) -> str:
+        return str(getattr(self.strategy, "weighted_by_key", NUM_EXAMPLES))
+
+    def _check_for_stock(self, reply: Message, sent: Message | None) -> None:
+        """Flower's own strategies raise when replies differ in form; the first good one of a round sets it."""
+        expected = [] if sent is None else list(records_of(sent, ArrayRecord))
+        arrays = records_of(reply, ArrayRecord)
+        if list(arrays) != expected:
+            raise ReplyError(f"the reply has the array records {list(arrays)}, expected {expected}")
+        for name, array in ((n, a) for record in arrays.values() for n, a in record.items()):
+            if array.stype != "numpy.ndarray":
+                raise ReplyError(
+                    f"{name!r} is encoded as {array.stype!r}, which Flower's strategies cannot read"
+                )
+        form = {key: type(value) for key, value in only_metrics(reply).items()}
+        if list in form.values():
+            raise ReplyError("a metric is a list, which Flower's strategies cannot average")
+        if form.keys() != (self.metric_names or form.keys()):
+            raise ReplyError(f"the metrics are {sorted(form)}, expected {sorted(self.metric_names)}")
+        self.metric_names = set(form)
 
     def _emit_evaluated(self, server_round: int, where: str, metrics: MetricRecord, started: float) -> None:
         self.events.emit(
@@ -322,10 +353,6 @@ class _RoundLoop:
         self.failed_in_a_row = history["failed-in-a-row"]
         self.events.emit("run-resumed", round=state.round, path=str(path))
         return state
-
-
-def _check_evaluate_reply(reply: Message, sent: Message) -> None:
-    check_reply(reply, None)
 
 
 def _records(history: Mapping[str, Any]) -> dict[int, MetricRecord]:

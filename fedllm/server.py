@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
 from fedllm.exchange import LoopOptions
 from fedllm.generation import check_generation, generation_metrics
 from fedllm.models import ModelBundle, load_bundle
+from fedllm.outcomes import HEADLINE_METRICS
 from fedllm.records import (
     CLIENT,
     CLIENT_PARAMETERS,
@@ -37,9 +39,6 @@ from fedllm.rounds import run_rounds
 from fedllm.tasks import get_task
 
 logger = logging.getLogger(__name__)
-
-HIGHER_IS_BETTER = {"accuracy": True, "loss": False}
-"""The metrics that choose the best adapter, the first one present decides."""
 
 
 def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
@@ -64,11 +63,20 @@ def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
             result = _Run(grid, config, folder, events).execute()
         except BaseException as error:
             events.emit("run-failed", reason=f"{type(error).__name__}: {error}")
+            _report_what_there_is(folder)
             raise
         metrics = _last_metrics(result)
         events.emit("run-finished", rounds=config.rounds, seconds=time.monotonic() - started, metrics=metrics)
     write_report([folder], folder / "report.html")
     return result
+
+
+def _report_what_there_is(folder: Path) -> None:
+    """Report on a failed run; if that fails too, the first failure is the one to be told."""
+    try:
+        write_report([folder], folder / "report.html")
+    except Exception:
+        logger.exception("no report of the failed run could be written")
 
 
 def _log_to_console() -> None:
@@ -88,13 +96,21 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
-    """Create the run folder, or check that an existing one is to be resumed."""
+    """Create the run folder, or check that an existing one is to be resumed and belongs to this configuration."""
+    if config.run.resume and not config.run.name:
+        raise ConfigError("run.resume is true, but run.name is empty: name the run to go on with")
     if not config.run.resume and (folder / "events.jsonl").exists():
         raise ConfigError(
             f"run.name: {folder} already holds a run; choose another name, or set run.resume=true to go on with it"
         )
+    if config.run.resume:
+        _checkpoints(folder, config).latest()  # refuses another configuration before config.json is replaced
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_flat(), indent=1) + "\n", encoding="utf-8")
+
+
+def _checkpoints(folder: Path, config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(folder / "checkpoints", config.fingerprint(), config.run.keep_checkpoints)
 
 
 def _sinks(config: RunConfig, folder: Path) -> list[EventSink]:
@@ -114,15 +130,11 @@ class _Run:
         labels = label_names(config) if config.task == "sequence-classification" else ()
         self.bundle: ModelBundle = load_bundle(config, labels)
         self.test = test_examples(config, self.bundle.tokenizer) if config.server.evaluate_every else None
-        self.best: tuple[float, int] | None = None
 
     def execute(self) -> Result:
         config = self.config
         strategy = self._strategy()
         initial = encode(self.bundle.initial_state)
-        checkpoints = CheckpointStore(
-            self.folder / "checkpoints", config.fingerprint(), config.run.keep_checkpoints
-        )
         self.events.emit(
             "run-started",
             run=self.folder.name,
@@ -144,9 +156,9 @@ class _Run:
             evaluate_fn=self._evaluate if self.test is not None else None,
             options=self._options(),
             events=self.events,
-            checkpoints=checkpoints,
+            checkpoints=_checkpoints(self.folder, config),
             resume=config.run.resume,
-            after_round=self._keep_best,
+            after_round=self._after_round,
         )
         self.bundle.save_adapter(self.folder / "adapter", decode(result.arrays))
         return result
@@ -220,39 +232,28 @@ class _Run:
             )
         return MetricRecord({name: value for name, value in metrics.items() if name != NUM_EXAMPLES})
 
-    def _keep_best(self, server_round: int, arrays: ArrayRecord, result: Result) -> None:
-        """Save the adapter of the round with the best evaluation so far in ``best/``."""
-        if self.best is None:
-            self.best = _best_before(server_round, result)
-        score = _score(_metrics_of(server_round, result))
-        if score is not None and (self.best is None or score > self.best[0]):
-            self.best = (score, server_round)
-            self.bundle.save_adapter(self.folder / "best", decode(arrays))
+    def _after_round(self, server_round: int, arrays: ArrayRecord, result: Result) -> None:
+        """Save the adapter of this round; in ``best/`` too if no evaluation so far was better."""
+        state = decode(arrays)
+        self.bundle.save_adapter(self.folder / "adapter", state)
+        scores = self._scores(result)
+        if server_round in scores and scores[server_round] >= max(scores.values()):
+            self.bundle.save_adapter(self.folder / "best", state)
 
-
-def _metrics_of(server_round: int, result: Result) -> Mapping[str, Any]:
-    """The evaluation of a round: the server's where there is one, else the clients'."""
-    for metrics in (result.evaluate_metrics_serverapp, result.evaluate_metrics_clientapp):
-        if server_round in metrics:
-            return dict(metrics[server_round])
-    return {}
-
-
-def _score(metrics: Mapping[str, Any]) -> float | None:
-    for name, higher in HIGHER_IS_BETTER.items():
-        if name in metrics:
-            return float(metrics[name]) if higher else -float(metrics[name])
-    return None
-
-
-def _best_before(server_round: int, result: Result) -> tuple[float, int] | None:
-    """The best score of earlier rounds: after a resume the history knows it."""
-    scores = [
-        (score, r) for r in range(1, server_round) if (score := _score(_metrics_of(r, result))) is not None
-    ]
-    return max(scores, default=None, key=lambda pair: (pair[0], -pair[1]))
+    def _scores(self, result: Result) -> dict[int, float]:
+        """By round, how good the adapter was: one metric of one place for the whole run, larger is better."""
+        history = (
+            result.evaluate_metrics_clientapp if self.test is None else result.evaluate_metrics_serverapp
+        )
+        names = [name for name in HEADLINE_METRICS if any(name in metrics for metrics in history.values())]
+        if not names:
+            return {}
+        sign = 1.0 if HEADLINE_METRICS[names[0]] else -1.0
+        values = {r: sign * float(m[names[0]]) for r, m in history.items() if r > 0 and names[0] in m}  # type: ignore[arg-type]
+        return {r: value for r, value in values.items() if math.isfinite(value)}
 
 
 def _last_metrics(result: Result) -> dict[str, Any]:
-    rounds = result.evaluate_metrics_serverapp.keys() | result.evaluate_metrics_clientapp.keys()
-    return dict(_metrics_of(max(rounds), result)) if rounds else {}
+    """The newest evaluation: the server's where there is one, else the clients'."""
+    history = result.evaluate_metrics_serverapp or result.evaluate_metrics_clientapp
+    return dict(history[max(history)]) if history else {}

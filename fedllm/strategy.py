@@ -35,6 +35,7 @@ from fedllm.records import (
     check_num_examples,
     decode,
     encode,
+    encode_like,
     only_arrays,
     only_metrics,
     records_of,
@@ -76,7 +77,7 @@ class BaseStrategy(Strategy):
         fraction_evaluate: share of the nodes that evaluate after a round.
         min_train_nodes: at least so many train, whatever the fraction.
         min_evaluate_nodes: at least so many evaluate, unless ``fraction_evaluate`` is 0.
-        min_available_nodes: nodes that must be connected for a round.
+        min_available_nodes: nodes that must be connected before the first round.
         weighted_by_key: the metric of a reply that weighs it.
         arrayrecord_key: name of the arrays in messages.
         configrecord_key: name of the configuration in messages.
@@ -113,6 +114,7 @@ class BaseStrategy(Strategy):
         self.server_optimizer = server_optimizer
         self.nodes: Sequence[NodeInfo] = ()
         self._current: dict[str, torch.Tensor] = {}
+        self._dtypes: dict[str, str] = {}
         self._sent: dict[int, ArrayRecord] = {}
 
     # ------------------------------------------------------------------ plan
@@ -142,6 +144,7 @@ class BaseStrategy(Strategy):
     ) -> Iterable[Message]:
         """Messages for the clients that train in this round, in stable order."""
         self._current = decode(arrays)
+        self._dtypes = {name: array.dtype for name, array in arrays.items()}
         if self.fraction_train == 0:
             return []
         return self._messages(
@@ -175,11 +178,8 @@ class BaseStrategy(Strategy):
         minimum: int,
     ) -> list[Message]:
         nodes = self.connected(grid)
-        if len(nodes) < self.min_available_nodes:
-            raise PlanError(
-                f"round {server_round}: {len(nodes)} nodes are connected, expected at least "
-                f"{self.min_available_nodes} (min_available_nodes)"
-            )
+        if not nodes:
+            raise PlanError(f"round {server_round}: no node is connected")
         chosen = self.select(server_round, nodes, max(int(len(nodes) * fraction), minimum), kind)
         config[SERVER_ROUND] = server_round
         encoded = arrays if self.download_codec == "fp32" else encode(decode(arrays), self.download_codec)
@@ -239,7 +239,7 @@ class BaseStrategy(Strategy):
         folded = accumulator.result()
         if self.server_optimizer is not None:
             folded = self.server_optimizer.step(server_round, self._current, folded)
-        return encode(folded), MetricRecord(dict(metrics.result()))
+        return encode_like(folded, self._dtypes), MetricRecord(dict(metrics.result()))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean of the clients' metrics, weighted by their examples."""

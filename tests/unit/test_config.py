@@ -106,3 +106,24 @@ def test_fingerprint_changes_with_what_decides_the_numbers_only():
 def test_kebab():
     assert kebab("TrimmedMean") == "trimmed-mean"
     assert kebab("head_learning_rate") == "head-learning-rate"
+
+
+def test_sizes_survive_to_the_last_digit():
+    config = read(data__sizes="1234567,20000001,0.33333333")
+    assert RunConfig.from_flat(config.to_flat()).data.sizes == (1234567.0, 20000001.0, 0.33333333)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"lora.alpha": float("inf")},
+        {"server.node-timeout": float("inf")},
+        {"server.fraction-train": 0.0},
+        {"run.name": "../../etc/x"},
+        {"run.name": "/etc/x"},
+        {"run.name": ".hidden"},
+    ],
+)
+def test_values_that_could_only_do_harm(flat):
+    with pytest.raises(ConfigError, match=next(iter(flat))):
+        RunConfig.from_flat(flat)

@@ -360,3 +360,28 @@ def test_tensorboard_that_is_missing_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(FedLLMError, match=r"fedllm\[tensorboard\]"):
         TensorBoardSink(tmp_path)
+
+
+def test_a_full_disk_costs_one_event_only(tmp_path, monkeypatch):
+    sink = JsonlSink(tmp_path / "events.jsonl")
+    with EventBus([sink]) as bus:
+        bus.emit("round-started", round=1, nodes=[])
+        file, full = sink._file, True
+
+        class Full:
+            name = file.name
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def write(self, line):
+                if full:
+                    file.write(line[:5])
+                    raise OSError(28, "No space left on device")
+                return file.write(line)
+
+        sink._file = Full()
+        bus.emit("round-started", round=2, nodes=[])
+        full = False
+        bus.emit("round-started", round=3, nodes=[])
+    assert [event["round"] for event in read_events(tmp_path / "events.jsonl")] == [1, 3]

@@ -84,7 +84,7 @@ def test_objects_are_never_unpickled():
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     record = ArrayRecord({"w": Array("object", (1,), "numpy.ndarray", buffer.getvalue())})
-    with pytest.raises(ReplyError, match="object arrays"):
+    with pytest.raises(ReplyError, match="dtype object, expected real numbers"):
         decode(record)
 
 
@@ -175,3 +175,51 @@ def test_reply_with_nan_loss_or_no_metrics_is_refused():
         check_reply(nan, None)
     with pytest.raises(ReplyError, match="0 metric records"):
         check_reply(Message(RecordDict(), reply_to=sent), None)
+
+
+def npy(values):
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+def with_header(header):
+    text = header.encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 12
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        npy(np.full(3, 1e300)),
+        npy(np.full(3, 1 + 2j)),
+        npy(np.ones(3, dtype=bool)),
+        npy(np.array(["a", "b", "c"])),
+        with_header("{"),
+        with_header("[" * 400),
+        with_header("-" * 9000 + "1"),
+        with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,), }"),
+    ],
+    ids=["wider", "complex", "bool", "text", "torn", "nested", "long", "huge"],
+)
+def test_bytes_that_are_not_what_they_announce(data):
+    with pytest.raises(ReplyError, match="'bias'"):
+        check_arrays(
+            ArrayRecord({**SENT, "bias": Array("float32", (3,), "numpy.ndarray", data)}), spec_of(SENT)
+        )
+
+
+def test_values_that_overflow_in_float32_are_infinite():
+    wide = ArrayRecord({"w": Array(np.array([1.0, 2.0]))})
+    reply = ArrayRecord({"w": Array(np.array([1.0, 1e300]))})
+    with pytest.raises(ReplyError, match="NaN or infinite"):
+        check_arrays(reply, spec_of(wide))
+
+
+def test_a_codec_that_was_not_asked_for():
+    arrays = encode(decode(SENT), "bf16")
+    with pytest.raises(ReplyError, match="dtype bfloat16, expected float32"):
+        check_arrays(arrays, spec_of(SENT, "fp32"))
+    disguised = ArrayRecord({**SENT, "bias": Array("float32", (3,), "fedllm.bf16", b"\0" * 6)})
+    with pytest.raises(ReplyError, match=r"encoded as 'fedllm.bf16'"):
+        check_arrays(disguised, spec_of(SENT))

@@ -70,6 +70,12 @@ def test_parameters_of_a_plugin_in_the_run_configuration():
         ),
         ({"strategy": "fedadam", "fedadam.eta": -1}, r"fedadam.eta.*greater than 0"),
         ({"strategy": HERE, "trimmed-mean.trim": 0.7}, r"trimmed-mean.trim.*less than 0.5"),
+        ({"strategy": "fedadam", "fedavgm.bogus": 1}, r"unknown configuration key fedavgm.bogus"),
+        ({"strategy": "fedadam", "fedadam.eta": float("inf")}, r"fedadam.eta.*finite"),
+        (
+            {"strategy": "flwr.serverapp.strategy:FedMedian", "wire.upload-codec": "int8"},
+            r"wire.upload-codec is int8, but the strategy .* reads fp32 only",
+        ),
         ({"client": "backprop", "backprop.optimizer": "lion"}, r"backprop.optimizer.*'adamw' or 'sgd'"),
     ],
 )

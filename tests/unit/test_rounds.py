@@ -11,9 +11,9 @@ import pytest
 import torch
 from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.fedopt import FedAdam, FedAvgM, FedYogi
-from flwr.app import Array, ArrayRecord, Error, Message
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
-from fedllm.checkpoint import CheckpointStore
+from fedllm.checkpoint import CheckpointStore, ServerState
 from fedllm.errors import CheckpointError, PlanError, RoundError
 from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
@@ -362,7 +362,7 @@ def test_memory_does_not_grow_with_the_cohort():
                 return ids
 
             def pull_messages(self, message_ids):
-                wanted = sorted((i for i in message_ids if i in self._due), key=lambda i: -int(i[1:]))[:8]
+                wanted = [i for i in message_ids if i in self._due]
                 found = [self._due.pop(i) for i in wanted]
                 return [
                     self._describe(m, 0) if m.metadata.message_type == "query.describe"
@@ -510,3 +510,162 @@ def test_a_node_that_leaves_is_not_asked_any_more():
 
     _, recorder = run(grid=grid, rounds=2, after_round=leave)
     assert [event["asked"] for event in recorder.of("aggregated")] == [5, 3]
+
+
+def test_a_model_keeps_its_dtypes_from_round_to_round():
+    """A stock app's float64 weights and the counters of its normalisation layers."""
+
+    def client(message, node):
+        arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        return reply_with(
+            message, ArrayRecord({name: Array(np.asarray(value + 1)) for name, value in arrays.items()})
+        )
+
+    initial = ArrayRecord({"w": Array(np.full(3, 0.1)), "seen": Array(np.array(5))})
+    result, recorder = run(client=client, rounds=3, initial=initial)
+    assert not recorder.of("node-dropped")
+    assert result.arrays["w"].numpy() == pytest.approx(3.1, abs=1e-12)
+    assert result.arrays["seen"].numpy() == 8
+    assert (result.arrays["w"].dtype, result.arrays["seen"].dtype) == ("float64", "int64")
+
+
+def test_evaluation_is_weighed_by_the_strategys_own_key():
+    def client(message, node):
+        metrics = MetricRecord({"tokens": 1 + node, "loss": float(node)})
+        if message.metadata.message_type == "evaluate":
+            return Message(RecordDict({"m": metrics}), reply_to=message)
+        return Message(RecordDict({"arrays": message.content["arrays"], "m": metrics}), reply_to=message)
+
+    result, recorder = run(FedAvg(weighted_by_key="tokens"), client, rounds=1)
+    assert not recorder.of("node-dropped")
+    expected = sum((1 + node) * node for node in NAMES) / sum(1 + node for node in NAMES)
+    assert result.evaluate_metrics_clientapp[1]["loss"] == pytest.approx(expected)
+
+
+def odd_form(kind):
+    def client(message, node):
+        good = drifting_client(message, node)
+        if NAMES[node] == "1":
+            if kind == "metric":
+                good.content["metrics"]["more"] = 1.0
+            elif kind == "list":
+                good.content["metrics"]["loss"] = [1.0, 2.0]
+            elif kind == "record":
+                good.content["more"] = initial_arrays()
+            elif kind == "codec":
+                return reply_with(message, encode(decode(good.content["arrays"]), "bf16"))
+        return good
+
+    return client
+
+
+@pytest.mark.parametrize("kind", ["metric", "list", "record", "codec"])
+def test_replies_on_which_flowers_strategies_would_raise(kind):
+    _, recorder = run(flower.FedAvg(fraction_evaluate=0.0), client=odd_form(kind), rounds=1)
+    assert [event["node"] for event in recorder.of("node-dropped")] == ["1"]
+    assert recorder.of("aggregated")
+
+
+def test_a_stock_strategy_does_not_wait_for_ever_either():
+    options = LoopOptions(min_nodes=1, node_timeout=0.3, poll_interval=0.001)
+    with pytest.raises(PlanError, match="expected at least 9"):
+        run(flower.FedAvg(min_train_nodes=9), options=options)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"name": "1" * 5000},
+        {"num-examples": float("nan")},
+        {"num-examples": -1},
+        {"label-names": ["x" * 30_000]},
+    ],
+)
+def test_a_description_cannot_harm_the_server(description):
+    grid = FakeGrid(NAMES, drifting_client, names=NAMES)
+    describe = grid._describe
+
+    def odd(message, node):
+        reply = describe(message, node)
+        if NAMES[node] == "3":
+            for key, value in description.items():
+                reply.content["config"][key] = value
+        return reply
+
+    grid._describe = odd
+    _, recorder = run(grid=grid, rounds=1)
+    assert len(recorder.of("node-rejected")) == 1
+    assert recorder.of("aggregated")[0]["asked"] == 4
+
+
+def test_a_rejected_node_is_asked_again_later():
+    grid = FakeGrid(NAMES, drifting_client, names=NAMES)
+    describe, broken = grid._describe, {"now": True}
+
+    def once(message, node):
+        reply = describe(message, node)
+        if NAMES[node] == "3" and broken.pop("now", False):
+            reply.content["config"]["error"] = "disk not mounted"
+        return reply
+
+    grid._describe = once
+    options = LoopOptions(min_nodes=1, node_timeout=0.05, poll_interval=0.001)
+
+    def wait(server_round, arrays, result):
+        time.sleep(0.06)
+
+    _, recorder = run(grid=grid, rounds=4, options=options, after_round=wait)
+    assert [event["asked"] for event in recorder.of("aggregated")][-1] == 5
+
+
+def test_a_node_that_goes_away_does_not_end_a_run_that_needed_it_to_start():
+    grid = FakeGrid(NAMES, drifting_client, names=NAMES)
+    options = LoopOptions(min_nodes=5, node_timeout=0.3, poll_interval=0.001)
+
+    def leave(server_round, arrays, result):
+        grid.nodes = [11, 7, 5]
+
+    _, recorder = run(grid=grid, rounds=3, options=options, after_round=leave)
+    assert [event["asked"] for event in recorder.of("aggregated")] == [5, 3, 3]
+
+
+def test_one_failing_client_alone_in_a_round_is_not_the_end():
+    failed = {"first": True}
+
+    def client(message, node):
+        if failed.pop("first", False):
+            return Message(Error(code=1, reason="CUDA out of memory"), reply_to=message)
+        return drifting_client(message, node)
+
+    _, recorder = run(FedAvg(fraction_train=0.2, fraction_evaluate=0.0), client, rounds=3)
+    assert len(recorder.of("round-skipped")) == 1
+    assert len(recorder.of("aggregated")) == 2
+
+
+def test_messages_do_not_outlive_their_round():
+    seen = []
+    grid = FakeGrid(NAMES, lambda m, n: seen.append(m.metadata.ttl) or drifting_client(m, n), names=NAMES)
+    run(grid=grid, rounds=1, options=LoopOptions(min_nodes=1, round_timeout=50, deadline=40))
+    assert set(seen) == {50}
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path):
+    (tmp_path / ".round-000007.99999").mkdir()
+    run(rounds=1, checkpoints=CheckpointStore(tmp_path, "f"))
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000001"]
+
+
+def test_strategy_state_of_every_kind_is_kept_or_named(tmp_path):
+    state = {
+        "bf16": torch.ones(2, dtype=torch.bfloat16),
+        "number": np.float32(2),
+        "list": [torch.zeros(1), "a", None],
+    }
+    store = CheckpointStore(tmp_path, "f")
+    store.save(ServerState(1, initial_arrays(), state, {}))
+    back = store.latest()[0].strategy
+    assert torch.equal(back["bf16"], state["bf16"])
+    assert back["number"] == 2
+    assert back["list"][1:] == ["a", None]
+    with pytest.raises(CheckpointError, match=r"a set at '/odd'"):
+        store.save(ServerState(2, initial_arrays(), {"odd": {1}}, {}))

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from fedllm import client, registry, server
-from fedllm.errors import ConfigError, PlanError
+from fedllm.errors import CheckpointError, ConfigError, PlanError, RoundError
 from fedllm.events import read_events
-from fedllm.models import load_bundle
+from fedllm.models import ModelBundle, load_bundle
 from fedllm.nodes import DESCRIBE
 from fedllm.records import decode, encode
 from fedllm.report import load_run
@@ -225,3 +225,49 @@ def test_the_saved_configuration_reads_back(flat, tmp_path):
     run(flat, rounds=1)
     saved = json.loads((tmp_path / "runs/r/config.json").read_text())
     assert registry.config_from_flat(saved).train.local_steps == 4
+
+
+def test_a_resume_that_is_refused_leaves_the_configuration_alone(flat, tmp_path):
+    run(flat, rounds=1)
+    before = (tmp_path / "runs/r/config.json").read_bytes()
+    with pytest.raises(CheckpointError, match="another configuration"):
+        run(flat, rounds=2, lora__rank=2, run__resume=True)
+    assert (tmp_path / "runs/r/config.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"run.name is empty"):
+        run(flat, run__name="", run__resume=True)
+
+
+def test_best_is_chosen_by_one_metric_of_one_place(flat, tmp_path, monkeypatch):
+    accuracies = iter([0.1, 0.9, 0.5, 0.7])
+
+    def evaluate(self, server_round, arrays):
+        return MetricRecord({"accuracy": next(accuracies), "loss": 1.0})
+
+    monkeypatch.setattr(server._Run, "_evaluate", evaluate)
+    saved = []
+    original = ModelBundle.save_adapter
+
+    def save(self, folder, state=None):
+        saved.append(folder.name)
+        original(self, folder, state)
+
+    monkeypatch.setattr(ModelBundle, "save_adapter", save)
+    run(flat, rounds=3, server__fraction_evaluate=1.0)
+    assert saved == ["adapter", "best", "adapter", "adapter", "adapter"]
+
+
+def test_a_run_that_fails_late_leaves_adapter_and_report(flat, tmp_path):
+    grid = ClientGrid(flat)
+    answer = grid.client
+
+    def failing(message, node):
+        if message.content["config"]["server-round"] == 2:
+            return Message(Error(code=1, reason="CUDA out of memory"), reply_to=message)
+        return answer(message, node)
+
+    grid.client = failing
+    with pytest.raises(RoundError, match="every client failed"):
+        server.run(grid, {**flat, "rounds": 4})
+    folder = tmp_path / "runs/r"
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert "every client failed" in (folder / "report.html").read_text()
