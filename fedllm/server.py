@@ -142,6 +142,7 @@ class _Run:
             client=config.client,
             task=config.task,
             rounds=config.rounds,
+            first_round=self._first_round(),
             config=config.to_flat(),
             version=__version__,
             parameters=sum(parameter.numel() for parameter in self.bundle.trainable().values()),
@@ -162,6 +163,10 @@ class _Run:
         )
         self.bundle.save_adapter(self.folder / "adapter", decode(result.arrays))
         return result
+
+    def _first_round(self) -> int:
+        found = _checkpoints(self.folder, self.config).latest() if self.config.run.resume else None
+        return 1 if found is None else found[0].round + 1
 
     def _strategy(self) -> Strategy:
         config = self.config
