@@ -167,7 +167,14 @@ class Exchange:
             self._drop_silent()
             for index in spool.indices:
                 yield spool.take(index)
-        self._require_quorum()
+        self.require_quorum()
+
+    def withdraw(self, reply: Message, reason: str) -> None:
+        """Drop a reply that was valid by itself but does not go with the others; check the quorum afterwards."""
+        sent = self._sent[reply.metadata.reply_to_message_id][1]
+        self.stats.valid -= 1
+        self.stats.num_examples -= int(_numbers(reply).get(NUM_EXAMPLES, 0))
+        self._drop(sent, reason)
 
     def _pause(self) -> float:
         """Short while replies come in, then as configured; after a minute of silence up to a second."""
@@ -226,8 +233,7 @@ class Exchange:
         return True
 
     def _report(self, reply: Message, sent: Message) -> None:
-        metrics = next(iter(records_of(reply, MetricRecord).values()), MetricRecord())
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        numbers = _numbers(reply)
         self.stats.num_examples += int(numbers.get(NUM_EXAMPLES, 0))
         self._events.emit(
             "node-replied",
@@ -260,7 +266,8 @@ class Exchange:
         for message_id in sorted(self._open, key=lambda i: self._sent[i][0]):
             self._drop(self._sent[message_id][1], f"no reply within {waited:.0f} s")
 
-    def _require_quorum(self) -> None:
+    def require_quorum(self) -> None:
+        """Raise :class:`QuorumError` if there are too few valid replies."""
         if self.stats.valid < self.needed:
             reasons = "; ".join(
                 f"node {node}: {reason}" for node, reason in list(self.stats.dropped.items())[:5]
@@ -270,6 +277,11 @@ class Exchange:
                 f"(server.quorum); {reasons}",
                 hopeless=self.stats.valid == 0 and self.stats.asked > 1 and not self._open,
             )
+
+
+def _numbers(reply: Message) -> dict[str, int | float]:
+    metrics = next(iter(records_of(reply, MetricRecord).values()), MetricRecord())
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _content_bytes(message: Message) -> int:

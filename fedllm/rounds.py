@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -111,7 +111,6 @@ class _RoundLoop:
         self.result = Result()
         self.stale: set[str] = set()
         self.failed_in_a_row = 0
-        self.metric_names: set[str] = set()
 
     def run(self, arrays: ArrayRecord, num_rounds: int, resume: bool) -> Result:
         done = 0
@@ -151,7 +150,7 @@ class _RoundLoop:
         exchange = self._exchange(server_round, "train", self._check_train_reply)
         exchange.send(messages)
         try:
-            new_arrays, metrics = self.strategy.aggregate_train(server_round, iter(exchange))
+            new_arrays, metrics = self.strategy.aggregate_train(server_round, self._replies(exchange))
         except QuorumError as error:
             self._skip(server_round, error)
             return None
@@ -189,7 +188,7 @@ class _RoundLoop:
         exchange = self._exchange(server_round, "evaluate", self._check_evaluate_reply)
         exchange.send(messages)
         try:
-            metrics = self.strategy.aggregate_evaluate(server_round, iter(exchange))
+            metrics = self.strategy.aggregate_evaluate(server_round, self._replies(exchange))
         except QuorumError as error:
             self.events.emit(
                 "warning", message=f"round {server_round}: no evaluation by the clients: {error}"
@@ -227,7 +226,6 @@ class _RoundLoop:
                 self.stale.discard(message_id)
 
     def _exchange(self, server_round: int, phase: str, check: Callable[[Message, Message], None]) -> Exchange:
-        self.metric_names = set()
         return Exchange(
             self.grid,
             self.events,
@@ -237,6 +235,9 @@ class _RoundLoop:
             node_name=self.directory.name,
             check=check,
         )
+
+    def _replies(self, exchange: Exchange) -> Iterator[Message]:
+        return iter(exchange) if isinstance(self.strategy, BaseStrategy) else _with_common_metrics(exchange)
 
     def _check_train_reply(self, reply: Message, sent: Message) -> None:
         if isinstance(self.strategy, BaseStrategy):
@@ -255,7 +256,7 @@ class _RoundLoop:
         return str(getattr(self.strategy, "weighted_by_key", NUM_EXAMPLES))
 
     def _check_for_stock(self, reply: Message, sent: Message | None) -> None:
-        """Flower's own strategies raise when replies differ in form; the first good one of a round sets it."""
+        """Refuse a reply at whose form Flower's own strategies would raise."""
         expected = [] if sent is None else list(records_of(sent, ArrayRecord))
         arrays = records_of(reply, ArrayRecord)
         if list(arrays) != expected:
@@ -265,12 +266,8 @@ class _RoundLoop:
                 raise ReplyError(
                     f"{name!r} is encoded as {array.stype!r}, which Flower's strategies cannot read"
                 )
-        form = {key: type(value) for key, value in only_metrics(reply).items()}
-        if list in form.values():
+        if any(isinstance(value, list) for value in only_metrics(reply).values()):
             raise ReplyError("a metric is a list, which Flower's strategies cannot average")
-        if form.keys() != (self.metric_names or form.keys()):
-            raise ReplyError(f"the metrics are {sorted(form)}, expected {sorted(self.metric_names)}")
-        self.metric_names = set(form)
 
     def _emit_evaluated(self, server_round: int, where: str, metrics: MetricRecord, started: float) -> None:
         self.events.emit(
@@ -353,6 +350,21 @@ class _RoundLoop:
         self.failed_in_a_row = history["failed-in-a-row"]
         self.events.emit("run-resumed", round=state.round, path=str(path))
         return state
+
+
+def _with_common_metrics(exchange: Exchange) -> Iterator[Message]:
+    """The replies that have the metrics which most of them have: Flower's own strategies raise when these differ.
+
+    Nothing streams here, and nothing is lost by it: those strategies keep all replies anyway.
+    """
+    replies = list(exchange)
+    forms = [tuple(sorted(only_metrics(reply))) for reply in replies]
+    expected = max(forms, key=forms.count, default=())
+    for reply, form in zip(replies, forms, strict=True):
+        if form != expected:
+            exchange.withdraw(reply, f"the metrics are {list(form)}, most replies have {list(expected)}")
+    exchange.require_quorum()
+    yield from (reply for reply, form in zip(replies, forms, strict=True) if form == expected)
 
 
 def _records(history: Mapping[str, Any]) -> dict[int, MetricRecord]:
