@@ -264,8 +264,13 @@ class SimulationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Optional, slower metrics."""
+    """What counts as better, and optional, slower metrics."""
 
+    best: Literal["auto", "accuracy", "macro-f1", "perplexity", "loss"] = Field(
+        "auto",
+        description="metric by which best/ is kept; auto: accuracy, or perplexity for causal-lm. Take macro-f1 where "
+        "classes are unbalanced",
+    )
     generate: int = Field(
         0,
         ge=0,
@@ -296,6 +301,15 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     simulation: SimulationConfig = SimulationConfig()
     plugins: dict[str, dict[str, Scalar]] = Field({}, description="parameters of plug-ins by plug-in name")
+
+    @model_validator(mode="after")
+    def _best_metric_of_the_task(self) -> Self:
+        of_task = ("accuracy", "macro-f1") if self.task == "sequence-classification" else ("perplexity",)
+        if self.evaluation.best not in ("auto", "loss", *of_task):
+            raise ValueError(
+                f"evaluation.best is {self.evaluation.best}, but {self.task} measures {', '.join(of_task)} and loss"
+            )
+        return self
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar], plugin_names: frozenset[str] = frozenset()) -> RunConfig:

@@ -250,7 +250,9 @@ class _Run:
         history = (
             result.evaluate_metrics_clientapp if self.test is None else result.evaluate_metrics_serverapp
         )
-        names = [name for name in HEADLINE_METRICS if any(name in metrics for metrics in history.values())]
+        best = self.config.evaluation.best
+        candidates = list(HEADLINE_METRICS) if best == "auto" else [best]
+        names = [name for name in candidates if any(name in metrics for metrics in history.values())]
         if not names:
             return {}
         sign = 1.0 if HEADLINE_METRICS[names[0]] else -1.0

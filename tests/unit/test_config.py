@@ -103,6 +103,14 @@ def test_fingerprint_changes_with_what_decides_the_numbers_only():
         assert read(**change).fingerprint() != base, change
 
 
+@pytest.mark.parametrize(
+    ("task", "best"), [("causal-lm", "accuracy"), ("sequence-classification", "perplexity")]
+)
+def test_the_best_metric_is_one_of_the_task(task, best):
+    with pytest.raises(ConfigError, match=rf"evaluation.best is {best}, but {task} measures"):
+        RunConfig.from_flat({"task": task, "evaluation.best": best})
+
+
 def test_kebab():
     assert kebab("TrimmedMean") == "trimmed-mean"
     assert kebab("head_learning_rate") == "head-learning-rate"

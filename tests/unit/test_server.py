@@ -256,6 +256,22 @@ def test_best_is_chosen_by_one_metric_of_one_place(flat, tmp_path, monkeypatch):
     assert saved == ["adapter", "best", "adapter", "adapter", "adapter"]
 
 
+def test_best_can_be_chosen_by_macro_f1(flat, tmp_path, monkeypatch):
+    measured = iter([(0.1, 0.1), (0.5, 0.6), (0.9, 0.3)])
+
+    def evaluate(self, server_round, arrays):
+        accuracy, f1 = next(measured)
+        return MetricRecord({"accuracy": accuracy, "macro-f1": f1})
+
+    monkeypatch.setattr(server._Run, "_evaluate", evaluate)
+    saved = []
+    monkeypatch.setattr(
+        ModelBundle, "save_adapter", lambda self, folder, state=None: saved.append(folder.name)
+    )
+    run(flat, rounds=2, evaluation__best="macro-f1")
+    assert saved == ["adapter", "best", "adapter", "adapter"]
+
+
 def test_a_run_that_fails_late_leaves_adapter_and_report(flat, tmp_path):
     grid = ClientGrid(flat)
     answer = grid.client
