@@ -37,5 +37,9 @@ class RegistryError(FedLLMError):
     """A strategy, client, defence, attack or sink cannot be found or loaded."""
 
 
+class SplitError(FedLLMError):
+    """A model that cannot be cut as asked, or a split-learning stream that broke its contract."""
+
+
 class TrainError(FedLLMError):
     """Local training went wrong: a loss that is not finite, or settings that cannot work together."""
