@@ -1,0 +1,1 @@
+"""Attacks for simulations: what colluders send who see all updates, and who of the clients attacks when."""

@@ -1,0 +1,234 @@
+"""Colluders who see all honest updates: wrappers that rewrite replies before the defence sees them.
+
+They need the server's view, so they exist in simulations only (:mod:`fedllm.hostile`). Whole updates are held in
+memory. What an attacker does alone runs on the client (:mod:`fedllm.clients.attacks`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import torch
+from fedllm.strategies.attacks import colluding
+from fedllm.strategies.vert.strategy import VERT
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from pydantic import Field
+from torch import Tensor
+
+from fedllm.errors import PlanError
+from fedllm.hostile import HostileClients
+from fedllm.records import decode, encode_like, only_arrays
+from fedllm.wrapper import layers_of
+
+
+class ColludingAttack(HostileClients):
+    """Base of the attacks that need all updates; :meth:`craft` says what the colluders send.
+
+    Args:
+        inner: the strategy that is attacked.
+        kwargs: keywords of :class:`HostileClients`.
+    """
+
+    def __init__(self, inner: Strategy, **kwargs: Any) -> None:
+        super().__init__(inner, **kwargs)
+        self._current: dict[int, Mapping[str, Tensor]] = {}
+
+    @abstractmethod
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """The colluders' updates ``[f, d]``.
+
+        Args:
+            server_round: the round.
+            honest: updates of the others, ``[m, d]`` with m > 0.
+            own: what the colluders would send if they were honest, ``[f, d]``.
+            names: of the colluders.
+        """
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The inner strategy's messages; what each client was sent is remembered."""
+        messages = super().configure_train(server_round, arrays, config, grid)
+        self._current = {m.metadata.dst_node_id: decode(only_arrays(m)) for m in messages}
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Rewrite the colluders' replies, then let the inner strategy aggregate."""
+        messages = [message for message in replies if not message.has_error()]
+        vectors = [self._update_of(message) for message in messages]
+        hostile = [self.is_hostile(message.metadata.src_node_id) for message in messages]
+        if len({len(vector) for vector in vectors}) > 1:
+            raise PlanError(f"{type(self).__name__} needs updates of one size: it cannot attack mixed ranks")
+        if any(hostile) and not all(hostile):
+            mask = torch.tensor(hostile)
+            stacked = torch.stack(vectors)
+            names = [
+                self.node_name(m.metadata.src_node_id) for m, h in zip(messages, hostile, strict=True) if h
+            ]
+            self.watch(server_round, stacked[mask], names)
+            if server_round >= self._from_round:
+                crafted = self.craft(server_round, stacked[~mask], stacked[mask], names)
+                rewritten = (m for m, is_hostile in zip(messages, hostile, strict=True) if is_hostile)
+                for message, update in zip(rewritten, crafted, strict=True):
+                    self._replace(message, update)
+        return self.inner.aggregate_train(server_round, iter(messages))
+
+    def watch(self, server_round: int, own: Tensor, names: list[str]) -> None:
+        """See the colluders' honest updates, before the attack begins, too."""
+
+    def _update_of(self, message: Message) -> Tensor:
+        sent = self._current[message.metadata.src_node_id]
+        new = decode(only_arrays(message), sent)
+        base = sent if self.replies_are_adapters else {}
+        return torch.cat([(new[name] - base.get(name, 0)).flatten().float() for name in new])
+
+    def _replace(self, message: Message, update: Tensor) -> None:
+        record, sent = only_arrays(message), self._current[message.metadata.src_node_id]
+        shapes = {name: array.shape for name, array in record.items()}
+        pieces = update.split([math.prod(shape) for shape in shapes.values()])
+        base = sent if self.replies_are_adapters else {}
+        forged = {
+            name: piece.view(shape) + base.get(name, 0)
+            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+        }
+        dtypes = {name: array.dtype for name, array in record.items() if array.stype == "numpy.ndarray"}
+        for name, array in encode_like(forged, dtypes).items():
+            record[name] = array
+
+
+class InnerProductManipulation(ColludingAttack):
+    """IPM: −scale times the honest mean (arXiv 1903.03936).
+
+    Args:
+        inner: the strategy that is attacked.
+        scale: strength.
+        kwargs: keywords of :class:`HostileClients`.
+    """
+
+    def __init__(self, inner: Strategy, *, scale: Annotated[float, Field(gt=0)] = 0.5, **kwargs: Any) -> None:
+        super().__init__(inner, **kwargs)
+        self._scale = scale
+
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """See :func:`fedllm.strategies.attacks.colluding.inner_product_manipulation`."""
+        return colluding.inner_product_manipulation(honest, self._scale).expand_as(own)
+
+
+class LittleIsEnough(ColludingAttack):
+    """ALIE: honest mean − z · deviation (arXiv 1902.06156).
+
+    Args:
+        inner: the strategy that is attacked.
+        z: strength; may be negative.
+        kwargs: keywords of :class:`HostileClients`.
+    """
+
+    def __init__(self, inner: Strategy, *, z: float = 1.5, **kwargs: Any) -> None:
+        super().__init__(inner, **kwargs)
+        self._z = z
+
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """See :func:`fedllm.strategies.attacks.colluding.little_is_enough`."""
+        return colluding.little_is_enough(honest, self._z).expand_as(own)
+
+
+class MinMax(ColludingAttack):
+    """Min-Max: as far from the honest mean as two honest updates are from each other (NDSS 2021).
+
+    Args:
+        inner: the strategy that is attacked.
+        direction: unit, std or sign.
+        kwargs: keywords of :class:`HostileClients`.
+    """
+
+    def __init__(self, inner: Strategy, *, direction: colluding.Direction = "unit", **kwargs: Any) -> None:
+        super().__init__(inner, **kwargs)
+        self._direction: colluding.Direction = direction
+
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """See :func:`fedllm.strategies.attacks.colluding.min_max`."""
+        return colluding.min_max(honest, self._direction).expand_as(own)
+
+
+class MinSum(MinMax):
+    """Min-Sum: the summed squared distances stay within those of an honest update (NDSS 2021)."""
+
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """See :func:`fedllm.strategies.attacks.colluding.min_sum`."""
+        return colluding.min_sum(honest, self._direction).expand_as(own)
+
+
+class Mimic(ColludingAttack):
+    """Mimic: all colluders send the update of the first honest client (arXiv 2006.09365)."""
+
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """See :func:`fedllm.strategies.attacks.colluding.mimic`."""
+        return colluding.mimic(honest).expand_as(own)
+
+
+class Replay(ColludingAttack):
+    """Replay: every attacker sends again the update of its last honest round; without one, that of its first."""
+
+    def __init__(self, inner: Strategy, **kwargs: Any) -> None:
+        super().__init__(inner, **kwargs)
+        self._kept: dict[str, Tensor] = {}
+
+    def watch(self, server_round: int, own: Tensor, names: list[str]) -> None:
+        """Keep the newest honest update of each."""
+        for name, update in zip(names, own, strict=True):
+            if server_round < self._from_round or name not in self._kept:
+                self._kept[name] = update.clone()
+
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """What was kept."""
+        return torch.stack([self._kept[name] for name in names])
+
+    def own_state(self) -> dict[str, Any]:
+        """Who is hostile, and what each keeps sending."""
+        return {**super().own_state(), "kept": self._kept}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`own_state` returned."""
+        super().load_own_state(state)
+        self._kept = dict(state["kept"])
+
+
+class Adaptive(ColludingAttack):
+    """Colluders that know VERT and its history: own honest updates, pushed as far as a copy of it accepts (ours)."""
+
+    def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
+        """See :func:`fedllm.strategies.attacks.colluding.adaptive`.
+
+        Raises:
+            PlanError: the strategy is not guarded by VERT.
+        """
+        guard = next((layer for layer in layers_of(self) if isinstance(layer, VERT)), None)
+        if guard is None:
+            raise PlanError("the adaptive attack needs defence = vert: it tries its updates on a copy of it")
+        sent = next(iter(self._current.values()))
+        sizes = [tensor.numel() for tensor in sent.values()]
+        others = [f"honest {index}" for index in range(len(honest))]
+
+        def accepted(candidates: Tensor) -> Tensor:
+            detector = copy.deepcopy(guard.detector)
+            sketches, norms = [], []
+            for update in torch.cat([candidates, honest]):
+                new = {
+                    name: tensor + piece.view_as(tensor)
+                    for (name, tensor), piece in zip(sent.items(), update.split(sizes), strict=True)
+                }
+                sketch = guard.sketcher.update(sent, new)
+                sketches.append(sketch.vector)
+                norms.append(sketch.norm)
+            judged = detector.judge(server_round, names + others, torch.stack(sketches), torch.tensor(norms))
+            return judged.kept[: len(candidates)]
+
+        return colluding.adaptive(honest, own, accepted)

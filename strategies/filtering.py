@@ -1,0 +1,199 @@
+"""Reply filters: wrappers that see a round's replies as a whole before the inner strategy sees any of them.
+
+Replies wait on disk (:mod:`fedllm.spool`) while a sketch of each stays in memory. When the last one has come the filter
+judges, and the inner strategy gets a stream of those that were kept, scaled down where the filter says so. A round
+whose exchange fails for want of a quorum is not judged and not learned from.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fedllm.strategies.vert.sketch import Sketch, Sketcher
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedllm.config import RunConfig
+from fedllm.errors import PlanError
+from fedllm.events import EventBus
+from fedllm.records import decode, encode_like, only_arrays
+from fedllm.spool import ReplySpool
+from fedllm.wrapper import StrategyWrapper
+
+logger = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A round's replies as a filter sees them, in the order in which the clients were asked.
+
+    Attributes:
+        clients: names.
+        sketches: ``[n, q]`` of their updates.
+        norms: of the whole updates, ``[n]``.
+    """
+
+    clients: Sequence[str]
+    sketches: Tensor
+    norms: Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a filter makes of a cohort.
+
+    Attributes:
+        factors: ``[n]``; 0: rejected, else the update is multiplied by it.
+        scores: ``[n]``, the larger the more trusted.
+        details: further fields of the ``verdict`` event.
+    """
+
+    factors: Tensor
+    scores: Tensor
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ReplyFilter(StrategyWrapper):
+    """Base of all filters.
+
+    Args:
+        inner: any Flower strategy.
+        sketch_size: numbers that are kept of an update while a round is open.
+        seed: of the sketches.
+        spool_bytes: bytes of waiting replies that are held in memory; more go to temporary files.
+    """
+
+    def __init__(
+        self, inner: Strategy, *, sketch_size: int = 512, seed: int = 0, spool_bytes: int = 32 * 2**20
+    ) -> None:
+        super().__init__(inner)
+        self.sketcher = Sketcher(sketch_size, seed)
+        self._spool_bytes = spool_bytes
+        self._events: EventBus | None = None
+        self._sent: dict[int, ArrayRecord] = {}
+        self._decoded: tuple[ArrayRecord | None, Tensors] = (None, {})
+
+    @abstractmethod
+    def judge(self, server_round: int, cohort: Cohort) -> Verdict:
+        """Decide on a round's replies and learn from them; there is at least one."""
+
+    def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
+        """Take the run's events and the room for waiting replies."""
+        super().prepare(config, bundle, events)
+        self._events = events
+        self._spool_bytes = int(config.server.spool_megabytes * 2**20)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The inner strategy's messages; what each client was sent is remembered until it replies."""
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        self._sent = {message.metadata.dst_node_id: only_arrays(message) for message in messages}
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Judge the replies, then let the inner strategy fold those that are kept; nothing if none is."""
+        self.skip_reason = ""
+        with ReplySpool(self._spool_bytes) as spool:
+            cohort = self._gather(replies, spool)
+            if not cohort.clients:
+                return self.inner.aggregate_train(server_round, iter(()))
+            verdict = self.judge(server_round, cohort)
+            self._tell(server_round, cohort, verdict)
+            if not bool((verdict.factors != 0).any()):
+                self.skip_reason = f"{type(self).__name__} rejected all {len(cohort.clients)} replies; the model stays as it was"
+                return None, None
+            return self.inner.aggregate_train(server_round, self._kept(spool, verdict.factors.tolist()))
+
+    def _gather(self, replies: Iterable[Message], spool: ReplySpool) -> Cohort:
+        clients, sketches, norms = list[str](), list[Tensor](), list[float]()
+        for message in replies:
+            if message.has_error():
+                continue
+            sketch = self.represent(*self._tensors(message))
+            self._check_length(sketch, sketches, message)
+            spool.put(len(clients), message)
+            clients.append(self.node_name(message.metadata.src_node_id))
+            sketches.append(sketch.vector)
+            norms.append(sketch.norm)
+        empty = torch.zeros(0, self.sketcher.size)
+        return Cohort(clients, torch.stack(sketches) if sketches else empty, torch.tensor(norms))
+
+    def represent(self, start: Tensors, new: Tensors) -> Sketch:
+        """What is kept of an update while the round is open; ``start`` is empty if ``new`` already is an update."""
+        return self.sketcher.update(start, new)
+
+    def _check_length(self, sketch: Sketch, others: Sequence[Tensor], message: Message) -> None:
+        if others and len(sketch.vector) != len(others[0]):
+            name = self.node_name(message.metadata.src_node_id)
+            raise PlanError(
+                f"node {name}: its update has {len(sketch.vector)} numbers, those of the others {len(others[0])}; "
+                f"{type(self).__name__} cannot compare adapters of different forms"
+            )
+
+    def _tensors(self, message: Message) -> tuple[Tensors, Tensors]:
+        """What the client was sent, and its reply; the first is empty if replies are updates already."""
+        sent = self.sent_tensors(message.metadata.src_node_id)
+        new = decode(only_arrays(message), sent)
+        return (sent if self.replies_are_adapters else {}), new
+
+    def sent_tensors(self, node_id: int) -> Tensors:
+        """What a client was sent in this round."""
+        record = self._sent[node_id]
+        if self._decoded[0] is not record:
+            self._decoded = (record, decode(record))
+        return self._decoded[1]
+
+    def _kept(self, spool: ReplySpool, factors: Sequence[float]) -> Iterator[Message]:
+        for index, factor in enumerate(factors):
+            message = spool.take(index)
+            if factor == 1:
+                yield message
+            elif factor != 0:
+                self._scale(message, factor)
+                yield message
+
+    def _scale(self, message: Message, factor: float) -> None:
+        """Multiply the update of a reply by a factor; a LoRA product follows to first order in the change."""
+        sent, new = self._tensors(message)
+        record = only_arrays(message)
+        scaled = {
+            name: factor * value if not sent else torch.lerp(sent[name].to(value), value, factor)
+            for name, value in new.items()
+        }
+        # What was encoded lossily is handed on in float32, which every reader of such replies takes as well.
+        dtypes = {name: array.dtype for name, array in record.items() if array.stype == "numpy.ndarray"}
+        for name, array in encode_like(scaled, dtypes).items():
+            record[name] = array
+
+    def _tell(self, server_round: int, cohort: Cohort, verdict: Verdict) -> None:
+        fields = {
+            "round": server_round,
+            "defence": type(self).__name__,
+            "kept": dict(zip(cohort.clients, (verdict.factors != 0).tolist(), strict=True)),
+            "scores": dict(zip(cohort.clients, verdict.scores.tolist(), strict=True)),
+            "factors": dict(zip(cohort.clients, verdict.factors.tolist(), strict=True)),
+            **verdict.details,
+        }
+        if self._events is not None:
+            self._events.emit("verdict", **fields)
+        rejected = [name for name, kept in fields["kept"].items() if not kept]
+        logger.info(
+            "round %d: %s rejected %d of %d replies%s",
+            server_round,
+            type(self).__name__,
+            len(rejected),
+            len(cohort.clients),
+            f": {', '.join(rejected[:20])}{', …' if len(rejected) > 20 else ''}" if rejected else "",
+        )

@@ -1,0 +1,1 @@
+"""Robust aggregation rules that compare the clients of one round, or follow them through rounds."""

@@ -1,0 +1,194 @@
+"""The judge: sketches of a round's replies in, who is kept and how much of each out; pure torch.
+
+A round is judged in four steps. *Predict* every client's direction from its own and the global history. *Measure* how
+each reply differs (:mod:`fedllm.strategies.vert.select`). *Keep* those within the yardstick, or the ``keep`` nearest to
+it. *Learn* from the accepted replies only.
+
+If nobody lies within the yardstick nobody is kept: either all are hostile, or training itself has turned. The yardstick
+is then half as wide again in the next round, and so on, so that those who are nearest to expectation come back first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fedllm.strategies.vert.history import History
+from fedllm.strategies.vert.predict import Ladder, without_own
+from fedllm.strategies.vert.select import FEATURES, Yardstick, against_root, twins
+from fedllm.strategies.vert.sketch import Sketch
+from torch import Tensor
+from torch.nn import functional as F
+
+_WIDEN = 1.5
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of the replies of one round, in the order in which they were given.
+
+    Attributes:
+        factors: ``[n]``; 0: rejected, 1: kept as it is, between: kept with its update scaled down to a common norm.
+        scores: ``[n]`` cosine between prediction and update; 0 where nothing was predicted.
+        distances: ``[n]``; above 1 a reply lies outside of what is expected.
+        predictor: which rung of the ladder predicted.
+    """
+
+    factors: Tensor
+    scores: Tensor
+    distances: Tensor
+    predictor: str
+
+    @property
+    def kept(self) -> Tensor:
+        """``[n]`` bool."""
+        return self.factors > 0
+
+
+class Detector:
+    """VERT in its default form: everything that lasts from round to round.
+
+    Args:
+        size: length of the sketches.
+        keep: replies to keep: a number from 1, a share below 1, or 0 for as many as lie within expectation.
+        warm_up: first rounds, in which everybody is trusted unless there is a trusted update.
+        window: directions remembered of each client.
+        clip: norms above this multiple of the accepted replies' median are scaled down to it.
+        clients: clients that are remembered.
+        seed: of the learning predictors.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        keep: float = 0.0,
+        warm_up: int = 2,
+        window: int = 4,
+        clip: float = 1.5,
+        clients: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        self.keep, self.warm_up, self.clip = keep, warm_up, clip
+        self._history = History(size, len(FEATURES), window, clients)
+        self._ladder = Ladder(seed)
+        self._yardstick, self._strangers = Yardstick(), Yardstick()
+        self._judged = self._skipped = 0
+
+    def judge(
+        self,
+        server_round: int,
+        clients: Sequence[str],
+        sketches: Tensor,
+        norms: Tensor,
+        root: Sketch | None = None,
+    ) -> Judgement:
+        """Judge the replies of a round and learn from those that are kept.
+
+        Args:
+            server_round: the round.
+            clients: names, each once.
+            sketches: ``[n, size]``.
+            norms: of the whole updates, ``[n]``.
+            root: a trusted update.
+        """
+        directions = F.normalize(sketches, dim=1)
+        inputs = self._history.inputs(clients, None if root is None else F.normalize(root.vector, dim=0))
+        alone = (self._ladder.predict(without_own(inputs), "temporal") * directions).sum(1)
+        known = self._history.rounds(clients) > 0
+        scores = torch.where(known, (self._ladder.predict(inputs) * directions).sum(1), alone)
+        features = torch.stack([scores, norms.clamp_min(1e-30).log(), twins(directions, scores)], 1)
+        distances = self._distances(clients, features, alone)
+        distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
+        predictor = self._ladder.chosen
+        if root is not None and self._judged < self.warm_up:
+            distances = torch.maximum(distances, against_root(features, root.norm))
+        kept = self._select(distances, root is not None)
+        factors = self._clipped(kept, norms)
+        self._skipped = 0 if bool(kept.any()) else self._skipped + 1
+        if bool(kept.any()):
+            self._learn(server_round, clients, kept, inputs, directions, features, alone)
+        return Judgement(factors, scores, distances, predictor)
+
+    def _distances(self, clients: Sequence[str], features: Tensor, alone: Tensor) -> Tensor:
+        """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for.
+
+        A client that was never accepted must not get in by chance in one of many rounds: what it sent in all of them
+        counts.
+        """
+        known = self._history.rounds(clients) > 0
+        offsets = self._history.offsets(clients)
+        distances = torch.zeros(len(clients))
+        distances[known] = self._yardstick.distances(features[known], offsets[known])
+        distances[~known] = self._strangers.distances(features[~known], offsets[~known])
+        if self._strangers.level is not None:
+            evidence = self._history.weigh_evidence(clients, alone - self._strangers.level[0] / 2)
+            distances = torch.where(~known & (evidence < 0), distances + 1, distances)
+        return distances
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the history."""
+        return self._history.nbytes
+
+    def _select(self, distances: Tensor, has_root: bool) -> Tensor:
+        if self._judged < self.warm_up and not has_root:
+            return torch.isfinite(distances)
+        if self.keep == 0:
+            return distances <= _WIDEN**self._skipped
+        count = int(self.keep) if self.keep >= 1 else math.ceil(self.keep * len(distances) - 1e-9)
+        kept = torch.zeros(len(distances), dtype=torch.bool)
+        kept[distances.argsort(stable=True)[:count]] = True
+        return kept & torch.isfinite(distances)
+
+    def _clipped(self, kept: Tensor, norms: Tensor) -> Tensor:
+        if not bool(kept.any()):
+            return torch.zeros_like(norms)
+        limit = self.clip * norms[kept].median()
+        return torch.where(kept, (limit / norms.clamp_min(1e-30)).clamp_max(1.0), 0.0)
+
+    def _learn(
+        self,
+        server_round: int,
+        clients: Sequence[str],
+        kept: Tensor,
+        inputs: Tensor,
+        directions: Tensor,
+        features: Tensor,
+        alone: Tensor,
+    ) -> None:
+        names = [name for name, is_kept in zip(clients, kept.tolist(), strict=True) if is_kept]
+        features, known = features[kept], self._history.rounds(names) > 0
+        deviations = torch.zeros(len(names), len(FEATURES))
+        if bool(inputs.any()):  # where nothing was predicted the scores say nothing
+            # What a stranger must be like is learned from all of them, as if they had no history.
+            common = torch.cat([alone[kept, None], features[:, 1:]], 1)
+            self._strangers.learn(common, torch.zeros_like(common))
+        if bool(known.any()):
+            offsets = self._history.offsets(names)
+            deviations[known] = self._yardstick.learn(features[known], offsets[known])
+        self._ladder.learn(inputs[kept], directions[kept])
+        self._history.remember(server_round, names, directions[kept], deviations)
+        self._judged += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later judgements depend on."""
+        return {
+            "history": self._history.state_dict(),
+            "ladder": self._ladder.state_dict(),
+            "yardstick": self._yardstick.state_dict(),
+            "strangers": self._strangers.state_dict(),
+            "judged": self._judged,
+            "skipped": self._skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._history.load_state_dict(state["history"])
+        self._ladder.load_state_dict(state["ladder"])
+        self._yardstick.load_state_dict(state["yardstick"])
+        self._strangers.load_state_dict(state["strangers"])
+        self._judged, self._skipped = state["judged"], state["skipped"]

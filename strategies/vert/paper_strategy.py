@@ -1,0 +1,71 @@
+"""The published VERT as a wrapper, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from fedllm.strategies.filtering import Cohort, ReplyFilter, Tensors, Verdict
+from fedllm.strategies.vert.paper import PaperDetector
+from fedllm.strategies.vert.sketch import Sketch
+from flwr.serverapp.strategy import Strategy
+from pydantic import Field
+
+
+class PaperVERT(ReplyFilter):
+    """VERT as published, for comparison: whole updates in memory, a clean warm-up and a known number of honest clients.
+
+    Args:
+        inner: any Flower strategy.
+        keep: replies that are kept after the warm-up.
+        size: length of a projection.
+        warm_up: rounds that are trusted.
+        window: rounds of history.
+        epochs: passes of the predictor over each client's history.
+        learning_rate: of the predictor.
+        seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        keep: Annotated[int, Field(ge=1)] = 1,
+        size: Annotated[int, Field(ge=1)] = 128,
+        warm_up: Annotated[int, Field(ge=2)] = 2,
+        window: Annotated[int, Field(ge=2)] = 10,
+        epochs: Annotated[int, Field(ge=1)] = 5,
+        learning_rate: Annotated[float, Field(gt=0)] = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(inner, seed=seed)
+        self._detector = PaperDetector(
+            keep,
+            size=size,
+            warm_up=warm_up,
+            window=window,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+
+    def represent(self, start: Tensors, new: Tensors) -> Sketch:
+        """The whole update, flat: factors of adapters are plain arrays here."""
+        flat = torch.cat(
+            [(value - start[name] if start else value).flatten().float() for name, value in new.items()]
+        )
+        return Sketch(flat, float(flat.norm()))
+
+    def judge(self, server_round: int, cohort: Cohort) -> Verdict:
+        """See :class:`PaperDetector`."""
+        kept, scores = self._detector.judge(cohort.clients, cohort.sketches)
+        return Verdict(kept.float(), scores)
+
+    def own_state(self) -> dict[str, Any]:
+        """The history."""
+        return self._detector.state_dict()
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`own_state` returned."""
+        self._detector.load_state_dict(state)

@@ -1,0 +1,135 @@
+"""Who is kept: how far each reply's features lie from what honest ones have been like, and where the line is drawn.
+
+Three features of every reply are judged, each against its level among the replies accepted so far and against how the
+client usually differs from that level:
+
+======  =====================================================================  =================
+feature what                                                                   suspicious if
+======  =====================================================================  =================
+score   cosine between the predicted and the actual direction                  too low, too high
+size    logarithm of the update's norm                                         too low, too high
+twin    largest cosine to another reply of the round                           too high
+======  =====================================================================  =================
+
+Size and twin find what a direction alone cannot: an honest mean that was shrunk (Min-Max), colluders that all send one
+vector inside the honest spread (ALIE); exact copies go in any case. A score that is too high is a replay. The levels
+move with training, for instance because gradients shrink; a tolerance for that is part of the yardstick, and it is what
+an adaptive attacker can use.
+
+Where noise dominates, honest scores scatter around a small level and the yardstick alone would admit noise. A count
+decides then: if many more replies lie below half of the level than honest scatter explains, an attack is on, and all of
+them go. All of this is ours, not the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from fedllm.strategies.vert.history import COPY
+from torch import Tensor
+
+FEATURES = ("score", "size", "twin")
+_TOLERANCE = torch.tensor([0.20, 0.45, 0.15])
+_FLOOR = torch.tensor([0.02, 0.04, 0.02])
+_SIGMAS = 4.0
+_BLEND = 0.5
+_ROOT_SIZE = math.log(4)
+_ORIGINAL = 0.15
+"""How much better than its copies an original is predicted."""
+
+
+class Yardstick:
+    """Level and spread of the features among accepted replies."""
+
+    def __init__(self) -> None:
+        self.level: Tensor | None = None
+        self.spread = torch.zeros(len(FEATURES))
+
+    def distances(self, features: Tensor, offsets: Tensor) -> Tensor:
+        """How far each reply is from what is expected of it, ``[n]``; above 1 is suspicious, infinite a copy.
+
+        Args:
+            features: ``[n, 3]`` in the order of :data:`FEATURES`.
+            offsets: how each client usually differs from the level, ``[n, 3]``.
+        """
+        if self.level is None or len(features) == 0:
+            return torch.zeros(len(features))
+        deviation = features - self.level - offsets
+        suspicious = torch.stack([deviation[:, 0].abs(), deviation[:, 1].abs(), deviation[:, 2]], 1)
+        allowed = _SIGMAS * torch.maximum(self.spread, _FLOOR) + _TOLERANCE
+        # However wide the scatter, a score may not be clearly negative where it was clearly positive.
+        allowed[0] = allowed[0].clamp_max(max(float(self.level[0]) + 0.05, 0.25))
+        distances = (suspicious / allowed).amax(1).clamp_min(0)
+        distances = torch.where(self._noise(features[:, 0] - offsets[:, 0]), distances + 1, distances)
+        if float(self.level[2] + _SIGMAS * self.spread[2]) < COPY:
+            distances[features[:, 2] > COPY] = math.inf
+        return distances
+
+    def _noise(self, scores: Tensor) -> Tensor:
+        """Which scores ``[n]`` lie below half of the level, if too many do for honest scatter; else none."""
+        assert self.level is not None
+        level, spread = float(self.level[0]), float(torch.maximum(self.spread, _FLOOR)[0])
+        below = scores < level / 2
+        share = NormalDist().cdf(-level / 2 / spread)
+        scatter = math.sqrt(len(scores) * share * (1 - share))
+        count = int(below.sum())
+        # If all lie below it is the level that has moved: those who are honest are among them.
+        too_many = level > 0 and len(scores) * share + 2 * scatter + 2 < count < len(scores)
+        return below if too_many else torch.zeros_like(below)
+
+    def learn(self, features: Tensor, offsets: Tensor) -> Tensor:
+        """Move towards the accepted replies of a round; returns their deviations from its level, ``[n, 3]``."""
+        level = (features - offsets).median(0).values
+        deviations = features - level
+        spread = (features - offsets - level).abs().median(0).values * 1.4826
+        if self.level is None:
+            self.level, self.spread = level, spread
+        else:
+            self.level = self.level + _BLEND * (level - self.level)
+            self.spread = self.spread + _BLEND * (spread - self.spread)
+        return deviations
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors."""
+        return {"spread": self.spread} | ({} if self.level is None else {"level": self.level})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.level, self.spread = state.get("level"), state["spread"]
+
+
+def against_root(features: Tensor, root_norm: float) -> Tensor:
+    """Distances ``[n]`` in rounds without a level yet, when a trusted update is all there is to compare with.
+
+    Expected are a positive cosine of at least half of the best one's, a norm within a factor of 4 of the trusted one's,
+    and no copies.
+    """
+    scores, sizes, twin = features.T
+    off = (sizes - math.log(max(root_norm, 1e-30))).abs() / _ROOT_SIZE
+    plausible = (off <= 1) & (twin <= COPY)
+    best = float(scores[plausible].max()) if bool(plausible.any()) else 0.0
+    if best <= 0:
+        return torch.full_like(scores, 2.0)
+    # A score of the best is at distance 0, half of it at 1.
+    distances = torch.maximum(2 * (1 - scores / best), off).clamp_min(0)
+    return torch.where(plausible, distances, distances + 1)
+
+
+def twins(directions: Tensor, scores: Tensor) -> Tensor:
+    """Largest cosine of each direction ``[n, q]`` to another one, ``[n]``; 0 for a lone reply.
+
+    Of replies that are copies of one vector, the one whose own history predicts it far better than that of any other is
+    taken for the original, and the copies do not count against it.
+    """
+    if len(directions) < 2:
+        return torch.zeros(len(directions))
+    cosines = (directions @ directions.T).fill_diagonal_(-1)
+    for index in (cosines.amax(1) > COPY).nonzero()[:, 0].tolist():
+        copies = cosines[index] > COPY
+        if bool(scores[index] > scores[copies].max() + _ORIGINAL):
+            cosines[index, copies] = -1
+    return cosines.amax(1)

@@ -1,0 +1,141 @@
+"""``VERT(inner)``: Vertical defence as a wrapper around any Flower strategy (after Wang et al., arXiv 2411.10673)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from fedllm.strategies.filtering import Cohort, ReplyFilter, Verdict
+from fedllm.strategies.trusted import TrustedData
+from fedllm.strategies.vert.detector import Detector
+from fedllm.strategies.vert.sketch import Sketch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from pydantic import Field
+from torch import Tensor
+
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError
+from fedllm.events import EventBus
+from fedllm.records import decode
+
+RootUpdate = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""(round, global adapter) → the adapter after training on trusted data."""
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class VERT(ReplyFilter):
+    """Keeps the clients whose update is what their own and the global history predict; the repaired form, ours.
+
+    Warm-up: the first ``warm_up`` rounds are trusted as they are, because there is nothing to predict from; with
+    trusted data they are judged, too. Cold start: a client without history is predicted from the global history
+    alone. Where more than half of the clients are hostile from the first round on and no data is trusted, updates
+    alone cannot tell who is right; the run warns. If all replies of a round are rejected the model stays as it was.
+
+    Args:
+        inner: any Flower strategy.
+        keep: replies to keep: ``auto``, a number (``"4"``), or a share with a dot (``"0.2"``).
+        warm_up: first rounds, which are trusted.
+        root_examples: so many of the server's test rows are trusted: the server trains on them in every round with the
+            clients' update rule. 0: none. They are evaluated on as well.
+        clip: norms above this multiple of the kept replies' median are scaled down to it.
+        window: directions that are remembered of each client.
+        max_clients: clients that are remembered.
+        sketch_size: numbers that stand for an update.
+        seed: of sketches and predictors.
+        root: trusted update as a function instead of ``root_examples``.
+
+    Raises:
+        ConfigError: ``keep`` is neither ``auto`` nor a number of at least 1 nor a share between 0 and 1.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        keep: str = "auto",
+        warm_up: Annotated[int, Field(ge=1)] = 2,
+        root_examples: Annotated[int, Field(ge=0)] = 0,
+        clip: Annotated[float, Field(ge=1)] = 1.5,
+        window: Annotated[int, Field(ge=1)] = 4,
+        max_clients: Annotated[int, Field(ge=1)] = 10_000,
+        sketch_size: Annotated[int, Field(ge=16)] = 512,
+        seed: int = 0,
+        root: RootUpdate | None = None,
+    ) -> None:
+        super().__init__(inner, sketch_size=sketch_size, seed=seed)
+        self.keep, self.warm_up = keep, warm_up
+        self._root_examples, self._root = root_examples, root
+        self._root_sketch: Sketch | None = None
+        self.detector = Detector(
+            sketch_size,
+            keep=parse_keep(keep),
+            warm_up=warm_up,
+            clip=clip,
+            window=window,
+            clients=max_clients,
+            seed=seed,
+        )
+
+    def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
+        """Get the trusted data ready, or say what the run relies on without any."""
+        super().prepare(config, bundle, events)
+        if self._root_examples:
+            self._root = TrustedData(config, bundle, self._root_examples).train
+        if self._root is None:
+            events.emit(
+                "warning",
+                message=f"VERT trusts the first {self.warm_up} rounds as they are: if most clients are hostile from "
+                "the start, their updates alone cannot tell who is right; vert.root-examples gives it data to trust",
+            )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The inner strategy's messages; the trusted update of this round is computed meanwhile."""
+        self._root_sketch = None
+        if self._root is not None:
+            current = decode(arrays)
+            self._root_sketch = self.sketcher.update(current, self._root(server_round, current))
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def judge(self, server_round: int, cohort: Cohort) -> Verdict:
+        """See :class:`fedllm.strategies.vert.detector.Detector`."""
+        found = self.detector.judge(
+            server_round, cohort.clients, cohort.sketches, cohort.norms, self._root_sketch
+        )
+        details = {
+            "distances": dict(zip(cohort.clients, found.distances.tolist(), strict=True)),
+            "predictor": found.predictor,
+        }
+        return Verdict(found.factors, found.scores, details)
+
+    def own_state(self) -> dict[str, Any]:
+        """The history of the clients and what the predictors have learned."""
+        return self.detector.state_dict()
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`own_state` returned."""
+        self.detector.load_state_dict(state)
+
+
+def parse_keep(keep: str) -> float:
+    """``auto`` → 0, a share → itself, a number → itself.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if keep == "auto":
+        return 0.0
+    try:
+        value = float(keep)
+    except ValueError:
+        value = -1.0
+    is_share = 0 < value < 1
+    if not is_share and not (value >= 1 and value == int(value)):
+        raise ConfigError(
+            f"vert.keep: expected auto, a whole number of at least 1, or a share between 0 and 1, found {keep!r}"
+        )
+    return value

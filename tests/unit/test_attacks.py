@@ -1,0 +1,310 @@
+"""Attacks: formulas against independent ones, and what wrappers and clients make of them."""
+
+import json
+import math
+import sys
+import types
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from fedllm.strategies.attacks import colluding
+from fedllm.strategies.fedavg import FedAvg
+from fedllm.strategies.vert.strategy import VERT
+from flwr.app import ConfigRecord, Context, RecordDict
+from scipy.stats import norm as gaussian
+
+from fedllm import client, registry
+from fedllm.encoded import Encoded
+from fedllm.errors import FedLLMError, PlanError
+from fedllm.events import EventBus
+from fedllm.exchange import LoopOptions
+from fedllm.hostile import LoneAttack
+from fedllm.nodes import NodeInfo
+from fedllm.records import decode, encode
+from fedllm.rounds import run_rounds
+from fedllm.seeding import derive_seed
+from fedllm.update import TrainResult
+from tests.fakes import FakeGrid, reply_with
+
+HONEST = torch.randn(7, 40, generator=torch.Generator().manual_seed(0)) + 1.0
+
+
+@pytest.fixture(scope="module")
+def byzfl():
+    """The library imports torchvision for a benchmark of its own, which is not needed here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torchvision" not in sys.modules:
+            patch.setitem(sys.modules, "torchvision", MagicMock())
+        return pytest.importorskip("byzfl")
+
+
+# ------------------------------------------------------------------- formulas
+
+
+def test_inner_product_manipulation_agrees_with_byzfl(byzfl):
+    ours = colluding.inner_product_manipulation(HONEST, 0.7)
+    assert torch.allclose(ours, byzfl.InnerProductManipulation(tau=0.7)(HONEST), atol=1e-6)
+
+
+@pytest.mark.parametrize("z", [1.5, -0.5])
+def test_little_is_enough_agrees_with_byzfl(byzfl, z):
+    ours = colluding.little_is_enough(HONEST, z)
+    assert torch.allclose(ours, byzfl.ALittleIsEnough(tau=-z)(HONEST), atol=1e-5)
+
+
+def test_mimic_agrees_with_byzfl(byzfl):
+    assert torch.allclose(colluding.mimic(HONEST, 2), byzfl.Mimic(epsilon=2)(HONEST))
+
+
+def test_little_is_enough_by_its_formula():
+    honest = HONEST.numpy()
+    expected = honest.mean(0) - 1.5 * honest.std(0, ddof=1)
+    assert np.allclose(colluding.little_is_enough(HONEST, 1.5).numpy(), expected, atol=1e-5)
+    assert torch.equal(colluding.little_is_enough(HONEST[:1]), HONEST[0])
+
+
+@pytest.mark.parametrize(("clients", "attackers"), [(50, 24), (20, 4), (100, 40)])
+def test_published_strength_of_little_is_enough(clients, attackers):
+    supporters = clients // 2 + 1 - attackers
+    expected = gaussian.ppf((clients - attackers - supporters) / (clients - attackers))
+    assert colluding.little_is_enough_z(clients, attackers) == pytest.approx(max(expected, 0.0))
+
+
+def test_a_majority_needs_nobody():
+    assert colluding.little_is_enough_z(20, 16) == 0.0
+
+
+@pytest.mark.parametrize("direction", ["unit", "std", "sign"])
+@pytest.mark.parametrize("attack", [colluding.min_max, colluding.min_sum])
+def test_min_max_and_min_sum_sit_on_their_bound(attack, direction):
+    honest = HONEST.numpy().astype(float)
+    pairwise = ((honest[:, None] - honest[None]) ** 2).sum(2)
+    found = attack(HONEST, direction).numpy().astype(float)
+    own = ((honest - found) ** 2).sum(1)
+    if attack is colluding.min_max:
+        assert own.max() == pytest.approx(pairwise.max(), rel=1e-4)
+    else:
+        assert own.sum() == pytest.approx(pairwise.sum(1).max(), rel=1e-4)
+    mean = honest.mean(0)
+    push = {"unit": -mean / np.linalg.norm(mean), "std": -honest.std(0, ddof=1), "sign": -np.sign(mean)}
+    push = push[direction] / np.linalg.norm(push[direction])
+    moved = found - mean
+    assert moved @ push / np.linalg.norm(moved) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_tuned_little_is_enough_is_at_least_as_bad_as_any_fixed_one():
+    def aggregate(updates):
+        return updates.median(0).values
+
+    mean = HONEST.mean(0)
+
+    def harm(vector):
+        return float((aggregate(torch.cat([HONEST, vector.expand(3, -1)])) - mean).norm())
+
+    tuned = colluding.tuned_little_is_enough(HONEST, 3, aggregate)
+    assert harm(tuned) >= max(harm(colluding.little_is_enough(HONEST, z)) for z in (-1.5, 0.5, 1.5, 3.0))
+
+
+def test_the_adaptive_attack_goes_as_far_as_it_is_let():
+    own = HONEST[:3]
+    found = colluding.adaptive(
+        HONEST[3:], own, lambda x: (x - own).norm(dim=1) < 0.5 * own.norm(dim=1).median()
+    )
+    shift = found - own
+    assert torch.allclose(shift[0], shift[1], atol=1e-5)
+    assert float(shift[0].norm() / own.norm(dim=1).median()) == pytest.approx(0.45, rel=1e-4)
+    assert torch.equal(colluding.adaptive(HONEST, own, lambda x: torch.zeros(len(x), dtype=torch.bool)), own)
+
+
+# ------------------------------------------------------------------- wrappers
+
+NAMES = {node: f"n{node}" for node in range(1, 11)}
+
+
+class SimulatedGrid(FakeGrid):
+    """Its nodes say that they are simulated."""
+
+    def _describe(self, message, node):
+        reply = super()._describe(message, node)
+        reply.content["config"]["simulated"] = True
+        return reply
+
+
+def answer(message, node):
+    """A common step with some noise; a client that is ordered to attack turns around."""
+    server_round = int(message.content["config"]["server-round"])
+    sign = -1.0 if "attack" in message.content["config"] else 1.0
+    arrays = {}
+    for name, value in decode(message.content["arrays"]).items():
+        noise = [
+            torch.randn(value.shape, generator=torch.Generator().manual_seed(derive_seed(*key)))
+            for key in ((name,), (name, node, server_round))
+        ]
+        arrays[name] = value + sign * 0.1 * (noise[0] + 0.4 * noise[1])
+    return reply_with(message, encode(arrays))
+
+
+class Verdicts:
+    def __init__(self):
+        self.kept = {}
+
+    def emit(self, event):
+        if event["event"] == "verdict":
+            self.kept[event["round"]] = {name for name, kept in event["kept"].items() if kept}
+
+    def close(self):
+        pass
+
+
+def run(strategy, rounds=5, grid=SimulatedGrid):
+    seen = Verdicts()
+    bus = EventBus([seen])
+    strategy.prepare(registry.config_from_flat({}), None, bus)
+    result = run_rounds(
+        strategy,
+        grid(NAMES, answer, names=NAMES),
+        encode({"weight": torch.zeros(40, 30), "bias": torch.zeros(30)}),
+        rounds,
+        options=LoopOptions(min_nodes=10, node_timeout=5),
+        events=bus,
+    )
+    return result, seen.kept
+
+
+def guarded(name, **parameters):
+    inner = VERT(FedAvg(fraction_evaluate=0))
+    who = {"fraction": 0.6, "from_round": 3, "seed": 1}
+    cls = registry.load("attacks", name)
+    if hasattr(cls, "run"):
+        return LoneAttack(inner, attack=name, parameters=json.dumps(parameters), **who)
+    return registry.build("attacks", name, parameters, inner, **who)
+
+
+@pytest.mark.parametrize("name", ["sign-flip", "ipm", "alie", "min-max", "min-sum", "mimic", "replay"])
+def test_a_guarded_run_keeps_to_the_honest(name):
+    strategy = guarded(name)
+    _, kept = run(strategy)
+    honest = {name for name, hostile in strategy.own_state()["hostile"].items() if not hostile}
+    assert len(honest) == 4
+    assert kept[1] == kept[2] == set(NAMES.values())
+    for server_round in (3, 4, 5):
+        assert kept[server_round] <= honest if name != "mimic" else len(kept[server_round]) <= 4
+        assert kept[server_round]
+
+
+def test_the_adaptive_attacker_gets_through_and_gets_little():
+    _, kept = run(guarded("adaptive"))
+    assert all(len(kept[server_round]) >= 7 for server_round in (3, 4, 5))
+    honest, _ = run(VERT(FedAvg(fraction_evaluate=0)))
+    attacked, _ = run(guarded("adaptive"))
+    undefended = guarded("sign-flip")
+    undefended.inner = FedAvg(fraction_evaluate=0)
+    broken, _ = run(undefended)
+
+    def distance(result):
+        return sum(
+            float((a - b).square().sum())
+            for a, b in zip(decode(result.arrays).values(), decode(honest.arrays).values(), strict=True)
+        )
+
+    assert distance(attacked) < 0.7 * distance(broken)
+
+
+def test_roles_are_drawn_once_and_survive_a_checkpoint():
+    first, second = guarded("ipm"), guarded("ipm")
+    run(first, rounds=1)
+    second.load_state_dict(first.state_dict())
+    assert second.own_state()["hostile"] == first.own_state()["hostile"]
+    assert sum(first.own_state()["hostile"].values()) == 6
+    first.nodes = [*first.nodes, NodeInfo(99, "late", (1, 0, "late"))]
+    first._assign(set())
+    assert len(first.own_state()["hostile"]) == 11
+
+
+def test_a_node_that_is_not_simulated_stops_an_attack():
+    with pytest.raises(PlanError, match="node n1 is not simulated: attacks are for simulations only"):
+        run(guarded("ipm"), grid=FakeGrid)
+
+
+# -------------------------------------------------------------------- clients
+
+
+class Honest:
+    """A rule that adds a known step, and tells what examples it saw."""
+
+    def run(self, job):
+        self.examples = job.examples
+        arrays = {name: value + 1.0 for name, value in job.start.items()}
+        return TrainResult(arrays, len(job.examples), 0.5)
+
+
+def job():
+    examples = Encoded.from_lists([[5, 6, 7, 8, 9]] * 6, [0, 1, 2, 0, 1, 2])
+    embeddings = types.SimpleNamespace(num_embeddings=50)
+    bundle = types.SimpleNamespace(
+        labels=("a", "b", "c"), model=types.SimpleNamespace(get_input_embeddings=lambda: embeddings)
+    )
+    from fedllm.config import TrainConfig
+    from fedllm.tasks import get_task
+    from fedllm.update import TrainJob
+
+    start = {"w": torch.zeros(30, 4), "v": torch.ones(8)}
+    return TrainJob(bundle, get_task("sequence-classification"), examples, TrainConfig(), 7, 1, "c", start)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("sign-flip", -1.0), ("scaling", 10.0), ("zero", 0.0)])
+def test_moved_updates(name, factor):
+    work = job()
+    found = registry.build("attacks", name, {}).run(Honest(), work)
+    for key, start in work.start.items():
+        assert torch.equal(found.arrays[key], start + factor)
+    assert found.num_examples == 6
+
+
+def test_gaussian_has_the_norm_of_the_honest_update():
+    work = job()
+    found = registry.build("attacks", "gaussian", {"factor": 2.0}).run(Honest(), work)
+    for key, start in work.start.items():
+        assert float((found.arrays[key] - start).norm()) == pytest.approx(2 * math.sqrt(start.numel()))
+        assert not torch.equal(found.arrays[key], start + 2.0)
+
+
+def test_labels_are_turned_around():
+    rule = Honest()
+    registry.build("attacks", "label-flip", {}).run(rule, job())
+    assert rule.examples.labels.tolist() == [2, 1, 0, 2, 1, 0]
+    assert torch.equal(rule.examples.input_ids, job().examples.input_ids)
+
+
+def test_the_trigger_ends_examples_of_the_target_class():
+    rule = Honest()
+    attack = registry.build("attacks", "backdoor", {"trigger": "101,102", "target": 2, "share": 0.5})
+    attack.run(rule, job())
+    marked = [i for i in range(6) if rule.examples.example(i)[0].tolist() == [5, 6, 7, 1, 2]]
+    clean = [i for i in range(6) if rule.examples.example(i)[0].tolist() == [5, 6, 7, 8, 9]]
+    assert len(marked) == len(clean) == 3
+    assert all(int(rule.examples.labels[i]) == 2 for i in marked)
+    assert [int(rule.examples.labels[i]) for i in clean] == [i % 3 for i in clean]
+
+
+def test_a_deployed_node_refuses(monkeypatch):
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    monkeypatch.delenv("RAY_RAYLET_PID", raising=False)
+    order = ConfigRecord({"attack": "sign-flip", "attack-parameters": "{}"})
+    with pytest.raises(FedLLMError, match="node n1 is not simulated and does not attack"):
+        client._attack(order, "n1")
+    monkeypatch.setenv("RAY_JOB_ID", "01")
+    assert type(client._attack(order, "n1")).__name__ == "SignFlip"
+
+
+def test_a_node_says_whether_it_is_simulated(monkeypatch):
+    from flwr.app import Message
+
+    for value in (False, True):
+        if value:
+            monkeypatch.setenv("RAY_JOB_ID", "01")
+        context = Context(1, 1, {"name": "x"}, RecordDict(), {"data.source": "/nowhere.csv"})
+        message = Message(RecordDict(), dst_node_id=1, message_type="query.describe")
+        assert client.describe(message, context).content["config"]["simulated"] is value
