@@ -1,0 +1,156 @@
+"""Clients that send the gradient of their whole loss, and one Hessian–vector product with it, or with local steps.
+
+What FedSGD, SOFIM (arXiv 2403.02833) and FAGH (arXiv 2403.11041, §client) ask for. The model is in evaluation mode, so
+that the loss is one function of the adapter, and the weights of the batches make the streamed sums those of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
+
+from fedllm.clients.backprop import Backprop
+from fedllm.clients.local import owned_parameters, training
+from pydantic import Field
+from torch import Tensor
+
+from fedllm.batches import length_sorted_batches
+from fedllm.curvature import NO_DOUBLE_BACKWARD, Curvature, HvpMethod, gradient_and_hvp
+from fedllm.errors import TrainError
+from fedllm.records import GRADIENT, HESSIAN_DIRECTION, HESSIAN_ROW, NUM_TARGETS, ReplyKind
+from fedllm.tasks import Batch
+from fedllm.update import TrainJob, TrainResult
+
+
+class FullGradient:
+    """The gradient of the client's mean loss over all its examples, in batches of ``train.batch-size``.
+
+    Steps, epochs and learning rates of the ``train`` section are not used: the server takes the step.
+    """
+
+    sends: ClassVar[ReplyKind] = GRADIENT
+
+    def run(self, job: TrainJob) -> TrainResult:
+        """Compute the gradient at the adapter that was sent.
+
+        Raises:
+            TrainError: a loss that is not finite; the client is named.
+        """
+        return _result(job, _curvature(job, None, "double-backward", 0.0), evaluations=1)
+
+
+class GradientAndHessianRow:
+    """The full gradient and the Hessian's product with the direction that the server sends (FAGH's client).
+
+    Without a direction in the message only the gradient is computed.
+
+    Args:
+        hessian: ``double-backward`` is exact and uses the attention kernel that allows it;
+            ``central-difference`` works with every kernel and quantised base, at two more gradients.
+        epsilon: length of the difference's step.
+    """
+
+    sends: ClassVar[ReplyKind] = GRADIENT
+
+    def __init__(
+        self, *, hessian: HvpMethod = "double-backward", epsilon: Annotated[float, Field(gt=0)] = 1e-2
+    ) -> None:
+        self.hessian: HvpMethod = hessian
+        self.epsilon = epsilon
+
+    def run(self, job: TrainJob) -> TrainResult:
+        """Compute gradient and product at the adapter that was sent.
+
+        Raises:
+            TrainError: a loss that is not finite, a direction of another adapter, or a model whose backward pass
+                cannot be differentiated; the client and the model are named.
+        """
+        direction = job.inputs.get(HESSIAN_DIRECTION)
+        found = _curvature(job, direction, self.hessian, self.epsilon)
+        extra = 1 if self.hessian == "double-backward" else 2
+        return _result(job, found, evaluations=1 + (extra if direction is not None else 0))
+
+
+class BackpropAndHessianRow(Backprop):
+    """Local steps, and the Hessian's product with the server's direction at the adapter that was sent (ours).
+
+    For the strategy ``fagh-opt``, which reads the local steps as a gradient. The loss that is reported is that of the
+    adapter that was sent, over all examples, so that the server can judge its own last step.
+
+    Args:
+        hessian: see :class:`GradientAndHessianRow`.
+        epsilon: see :class:`GradientAndHessianRow`.
+        kwargs: keywords of :class:`fedllm.clients.backprop.Backprop`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hessian: HvpMethod = "double-backward",
+        epsilon: Annotated[float, Field(gt=0)] = 1e-2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.hessian: HvpMethod = hessian
+        self.epsilon = epsilon
+
+    def run(self, job: TrainJob) -> TrainResult:
+        """Compute the product, then train for the configured steps.
+
+        Raises:
+            TrainError: as of :meth:`GradientAndHessianRow.run` and :meth:`fedllm.clients.backprop.Backprop.run`.
+        """
+        before = _curvature(job, job.inputs.get(HESSIAN_DIRECTION), self.hessian, self.epsilon)
+        result = super().run(job)
+        extras = {} if before.product is None else {HESSIAN_ROW: before.product}
+        return replace(
+            result,
+            loss=before.loss,
+            metrics={**result.metrics, "step-loss": result.loss},
+            extras={**result.extras, **extras},
+        )
+
+
+def _curvature(
+    job: TrainJob, direction: Mapping[str, Tensor] | None, method: HvpMethod, epsilon: float
+) -> Curvature:
+    parameters = owned_parameters(job)
+    with training(job, parameters, dropout=False):
+        try:
+            return gradient_and_hvp(
+                lambda batch: job.task.loss(job.bundle.model, batch),
+                parameters,
+                _batches(job),
+                direction,
+                method=method,
+                epsilon=epsilon,
+            )
+        except TrainError as error:
+            advice = (
+                "; set gradient-and-hessian-row.hessian=central-difference, or model.attention=eager"
+                if NO_DOUBLE_BACKWARD in str(error)
+                else ""
+            )
+            raise TrainError(
+                f"client {job.node}, round {job.round}, model {job.bundle.config.name}: {error}{advice}"
+            ) from error
+
+
+def _batches(job: TrainJob) -> Iterator[tuple[Batch, float]]:
+    """All examples once, each batch with the number of its targets: examples, or label tokens."""
+    bundle = job.bundle
+    for indices in length_sorted_batches(job.examples, job.train.batch_size):
+        batch = job.task.collate(job.examples, indices, bundle.tokenizer.pad_token_id)
+        weight = job.task.num_targets(batch)
+        yield {name: tensor.to(bundle.device) for name, tensor in batch.items()}, float(weight)
+
+
+def _result(job: TrainJob, found: Curvature, evaluations: int) -> TrainResult:
+    return TrainResult(
+        arrays=found.gradient,
+        num_examples=len(job.examples),
+        loss=found.loss,
+        metrics={"steps": 0, "gradient-evaluations": evaluations, NUM_TARGETS: int(found.weight)},
+        extras={} if found.product is None else {HESSIAN_ROW: found.product},
+    )

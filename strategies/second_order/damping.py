@@ -1,0 +1,78 @@
+"""Damping from the cohort's loss: what a step promised against what it did (after Levenberg and Marquardt; ours here).
+
+Every reply carries the client's loss at the model that it was sent. So a round tells what the step before it was
+worth: without a further message, one round late. Clients are compared with themselves only: those that answered in
+both rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Losses = Mapping[str, tuple[float, float]]
+"""Weight and mean loss of each client, by name."""
+Verdict = Literal["unknown", "accept", "reject"]
+
+
+def paired_means(before: Losses, now: Losses) -> tuple[float, float] | None:
+    """Weighted mean losses before and now of the clients in both; None if there are none."""
+    common = sorted(before.keys() & now.keys())
+    total = sum(now[name][0] for name in common)
+    if total <= 0:
+        return None
+    return (
+        sum(now[name][0] * before[name][1] for name in common) / total,
+        sum(now[name][0] * now[name][1] for name in common) / total,
+    )
+
+
+@dataclass
+class AdaptiveDamping:
+    """ρ that falls while steps keep their promise and rises when they do not.
+
+    Args:
+        rho: ρ to begin with, positive.
+        shrink: ρ is divided by this when the loss fell by more than ``good`` of what was predicted.
+        grow: ρ is multiplied by this when it fell by less than ``poor`` of it.
+        good: see ``shrink``.
+        poor: see ``grow``.
+        tolerance: a rise of the loss by more than this share of it takes the step back.
+        setback: ρ is multiplied by this when a step is taken back.
+    """
+
+    rho: float
+    shrink: float = 1.5
+    grow: float = 2.0
+    good: float = 0.75
+    poor: float = 0.25
+    tolerance: float = 0.1
+    setback: float = 4.0
+
+    def judge(self, before: float, now: float, predicted: float) -> Verdict:
+        """Adapt ρ to what the last step did to the loss; whether the step stands.
+
+        Args:
+            before: mean loss where the step was taken from.
+            now: mean loss of the same clients where it led.
+            predicted: decrease that the curvature model promised.
+        """
+        if not math.isfinite(now) or now > before + self.tolerance * abs(before):
+            self.rho *= self.setback
+            return "reject"
+        ratio = (before - now) / predicted if predicted > 0 else -math.inf
+        if ratio > self.good:
+            self.rho /= self.shrink
+        elif ratio < self.poor:
+            self.rho *= self.grow
+        return "accept"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The damping."""
+        return {"rho": self.rho}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.rho = float(state["rho"])

@@ -1,0 +1,89 @@
+"""Between named tensors and flat vectors: updates of a vector as server optimisers of a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class GradientUpdate(Protocol):
+    """A server step from a mean gradient, see :mod:`.updates`."""
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """The change of the parameters ``[d]``."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        ...
+
+
+class GradientOptimizer:
+    """A :class:`fedllm.strategy.ServerOptimizer` that gives mean gradients, flattened, to an update.
+
+    Args:
+        update: takes the step.
+        pseudo: 0: the folded replies are gradients; else they are adapters, see :func:`mean_gradient`.
+    """
+
+    def __init__(self, update: GradientUpdate, pseudo: float = 0.0) -> None:
+        self._update = update
+        self._pseudo = pseudo
+
+    def __repr__(self) -> str:
+        """The update that takes the steps."""
+        return type(self._update).__name__
+
+    def step(
+        self, server_round: int, current: Mapping[str, Tensor], folded: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The next global model, float32 or as it was."""
+        return moved(current, self._update.step(mean_gradient(current, folded, self._pseudo)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update's state."""
+        return self._update.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._update.load_state_dict(state)
+
+
+def flatten(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    """One vector of the tensors in the order of ``like``; float32, or float64 where that has nothing narrower."""
+    wide = all(tensor.dtype == torch.float64 for tensor in like.values())
+    dtype = torch.float64 if wide else torch.float32
+    return torch.cat([tensors[name].reshape(-1).to(dtype) for name in like])
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Views of a vector with the names and shapes of ``like``."""
+    parts = vector.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
+def moved(current: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
+    """The parameters after a step, a flat vector."""
+    return {name: current[name] + part for name, part in unflatten(step, current).items()}
+
+
+def mean_gradient(current: Mapping[str, Tensor], folded: Mapping[str, Tensor], pseudo: float) -> Tensor:
+    """The gradient that folded replies stand for, a flat vector.
+
+    Args:
+        current: the parameters that the clients were sent.
+        folded: mean of the replies.
+        pseudo: 0: the replies are gradients. Else they are parameters after local steps, and their distance to those
+            that were sent, divided by this, is the gradient; with the clients' learning rate times their steps it has
+            a gradient's size.
+    """
+    if pseudo:
+        folded = {name: (current[name].double() - mean) / pseudo for name, mean in folded.items()}
+    return flatten(folded, current)

@@ -1,0 +1,381 @@
+"""Gradients and Hessian rows against autograd's full Hessian, and what the clients make of them."""
+
+import time
+
+import pytest
+import torch
+from fedllm.clients.backprop import Backprop
+from fedllm.clients.second_order import BackpropAndHessianRow, FullGradient, GradientAndHessianRow
+from torch import nn
+from torch.nn import functional as F
+
+from fedllm import registry
+from fedllm.config import TrainConfig
+from fedllm.curvature import gradient_and_hvp
+from fedllm.encoded import IGNORED, Encoded
+from fedllm.errors import ConfigError, TrainError
+from fedllm.models import load_bundle
+from fedllm.records import HESSIAN_DIRECTION, HESSIAN_ROW
+from fedllm.tasks import get_task
+from fedllm.update import TrainJob
+
+
+def mlp(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def rows(count=12, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (count,), generator=generator)
+
+
+def split(batch, *sizes):
+    x, y = batch
+    return [
+        ((bx, by), float(len(by))) for bx, by in zip(x.split(list(sizes)), y.split(list(sizes)), strict=True)
+    ]
+
+
+def loss_of(model):
+    return lambda batch: F.cross_entropy(model(batch[0]), batch[1])
+
+
+def full_hessian(loss, parameters, batch):
+    """autograd's Hessian over all parameters, row by row, and the gradient."""
+    values = list(parameters.values())
+    gradient = torch.autograd.grad(loss(batch), values, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradient])
+    hessian = []
+    for entry in flat:
+        found = torch.autograd.grad(entry, values, retain_graph=True, allow_unused=True)
+        pieces = [torch.zeros_like(p) if g is None else g for g, p in zip(found, values, strict=True)]
+        hessian.append(torch.cat([piece.reshape(-1) for piece in pieces]))
+    return flat.detach(), torch.stack(hessian)
+
+
+def flat(tensors):
+    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+
+
+def unit(parameters, index):
+    direction = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for tensor in direction.values():
+        if index < tensor.numel():
+            tensor.view(-1)[index] = 1.0
+            return direction
+        index -= tensor.numel()
+    raise AssertionError
+
+
+def test_rows_of_an_mlp_equal_the_full_hessian():
+    model, batch = mlp(), rows()
+    parameters = dict(model.named_parameters())
+    gradient, hessian = full_hessian(loss_of(model), parameters, batch)
+    for index in (0, 17, 34, 52):
+        found = gradient_and_hvp(
+            loss_of(model), parameters, [(batch, 12.0)], unit(parameters, index), method="double-backward"
+        )
+        assert torch.allclose(flat(found.gradient), gradient, rtol=0, atol=1e-14)
+        assert torch.allclose(flat(found.product), hessian[index], rtol=0, atol=1e-14)
+        assert found.weight == 12.0
+        assert found.loss == pytest.approx(loss_of(model)(batch).item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("sizes", [(12,), (1, 11), (5, 4, 3), (1,) * 12])
+@pytest.mark.parametrize("method", ["double-backward", "central-difference"])
+def test_mini_batches_give_the_full_batch(sizes, method):
+    model, batch = mlp(), rows()
+    parameters = dict(model.named_parameters())
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    whole = gradient_and_hvp(loss_of(model), parameters, [(batch, 12.0)], direction, method=method)
+    pieces = gradient_and_hvp(loss_of(model), parameters, split(batch, *sizes), direction, method=method)
+    assert torch.allclose(flat(pieces.gradient), flat(whole.gradient), rtol=0, atol=1e-14)
+    assert torch.allclose(flat(pieces.product), flat(whole.product), rtol=0, atol=1e-11)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-13)
+
+
+def test_central_difference_is_close_and_leaves_the_parameters():
+    model, batch = mlp(), rows()
+    parameters = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    direction = {"0.weight": torch.randn(5, 6, dtype=torch.float64)}
+    exact = gradient_and_hvp(loss_of(model), parameters, [(batch, 12.0)], direction)
+    near = gradient_and_hvp(
+        loss_of(model), parameters, [(batch, 12.0)], direction, method="central-difference", epsilon=1e-3
+    )
+    difference = (flat(near.product) - flat(exact.product)).norm() / flat(exact.product).norm()
+    assert 0 < difference < 1e-5
+    assert all(torch.equal(before[name], parameters[name]) for name in before)
+
+
+def test_without_a_direction_there_is_no_product():
+    model, batch = mlp(), rows()
+    found = gradient_and_hvp(loss_of(model), dict(model.named_parameters()), [(batch, 1.0)])
+    assert found.product is None
+
+
+def test_a_direction_of_zero_has_a_product_of_zero():
+    model, batch = mlp(), rows()
+    parameters = dict(model.named_parameters())
+    for direction in ({}, {"0.bias": torch.zeros(5, dtype=torch.float64)}):
+        for method in ("double-backward", "central-difference"):
+            found = gradient_and_hvp(
+                loss_of(model), parameters, [(batch, 1.0)], direction, method=method
+            ).product
+            assert not flat(found).any()
+
+
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        ({"nowhere": torch.zeros(1)}, "no parameter"),
+        ({"0.bias": torch.zeros(4)}, r"shape \(4,\), expected \(5,\)"),
+    ],
+)
+def test_directions_that_do_not_fit_are_refused(direction, message):
+    model = mlp()
+    with pytest.raises(TrainError, match=message):
+        gradient_and_hvp(loss_of(model), dict(model.named_parameters()), [(rows(), 1.0)], direction)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    model, (x, y) = mlp(), rows()
+    with pytest.raises(TrainError, match="loss is nan"):
+        gradient_and_hvp(loss_of(model), dict(model.named_parameters()), [((x * float("nan"), y), 1.0)])
+
+
+class FusedSquare(torch.autograd.Function):
+    """A backward pass that cannot be differentiated, as fused attention's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def test_a_model_without_a_double_backward_is_told_and_has_a_way_out():
+    model, batch = mlp(), rows()
+    parameters = dict(model.named_parameters())
+    direction = unit(parameters, 3)
+
+    def fused(batch):
+        return F.cross_entropy(FusedSquare.apply(model(batch[0])), batch[1])
+
+    def plain(batch):
+        return F.cross_entropy(model(batch[0]) ** 2, batch[1])
+
+    with pytest.raises(TrainError, match="cannot be differentiated"):
+        gradient_and_hvp(fused, parameters, [(batch, 1.0)], direction)
+    found = gradient_and_hvp(
+        fused, parameters, [(batch, 1.0)], direction, method="central-difference", epsilon=1e-4
+    )
+    expected = gradient_and_hvp(plain, parameters, [(batch, 1.0)], direction)
+    assert torch.allclose(flat(found.product), flat(expected.product), atol=1e-7)
+
+
+# ------------------------------------------------------------ language models
+
+
+def job(model="tiny-random:bert", task="sequence-classification", attention="auto", batch_size=4, **inputs):
+    flat_config = {
+        "model.name": model,
+        "task": task,
+        "lora.rank": 1,
+        "lora.target-modules": "query" if "bert" in model else "q_proj",
+        "model.attention": attention,
+    }
+    config = registry.config_from_flat(flat_config)
+    bundle = load_bundle(config, ("a", "b") if task == "sequence-classification" else ())
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(5, 50, (3 + i % 4,), generator=generator).tolist() for i in range(7)]
+    labels = (
+        [i % 2 for i in range(7)]
+        if task == "sequence-classification"
+        else [[IGNORED, *ids[1:]] for ids in tokens]
+    )
+    # B = 0 would make half of the Hessian vanish.
+    state = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in bundle.initial_state.items()
+    }
+    bundle.load_adapter_state(state)
+    return TrainJob(
+        bundle,
+        get_task(task),
+        Encoded.from_lists(tokens, labels),
+        TrainConfig(batch_size=batch_size),
+        1,
+        1,
+        "node-1",
+        state,
+        inputs=inputs,
+    )
+
+
+MODELS = [("tiny-random:bert", "sequence-classification"), ("tiny-random:llama", "causal-lm")]
+
+
+def oracle(task, index):
+    """Gradient and Hessian row over all examples in one batch, by autograd with eager attention."""
+    parameters = task.bundle.trainable()
+    batch = task.task.collate(task.examples, range(len(task.examples)), task.bundle.tokenizer.pad_token_id)
+    from fedllm.curvature import math_attention
+
+    with math_attention():
+        loss = task.task.loss(task.bundle.model, batch)
+    values = list(parameters.values())
+    gradient = torch.autograd.grad(loss, values, create_graph=True)
+    entries = torch.cat([g.reshape(-1) for g in gradient])
+    row = torch.autograd.grad(entries[index], values)
+    return entries.detach(), torch.cat([r.reshape(-1) for r in row])
+
+
+@pytest.mark.parametrize(("model", "task"), MODELS)
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_hessian_rows_of_lora_equal_autograds(model, task, batch_size):
+    """Streamed over batches of different lengths and label tokens, with the model's own (fused) attention."""
+    probe = job(model, task)
+    parameters = probe.bundle.trainable()
+    size = sum(p.numel() for p in parameters.values())
+    for index in (0, size // 2, size - 1):
+        direction = {n: t for n, t in unit(parameters, index).items() if t.any()}
+        result = GradientAndHessianRow().run(
+            job(model, task, batch_size=batch_size, **{HESSIAN_DIRECTION: direction})
+        )
+        gradient, row = oracle(probe, index)
+        assert torch.allclose(flat(result.arrays), gradient, atol=1e-6 * float(gradient.abs().max()) + 1e-8)
+        assert torch.allclose(
+            flat(result.extras[HESSIAN_ROW]), row, atol=2e-5 * float(row.abs().max()) + 1e-9
+        )
+        assert result.metrics["gradient-evaluations"] == 2
+        assert result.metrics["num-targets"] == (
+            7 if task == "sequence-classification" else sum(2 + i % 4 for i in range(7))
+        )
+
+
+@pytest.mark.parametrize(("model", "task"), MODELS)
+def test_hessian_is_symmetric_across_the_whole_adapter(model, task):
+    """⟨a, H b⟩ = ⟨b, H a⟩ for random a and b: wrong graphs, masks or dropout would break it."""
+    probe = job(model, task)
+    generator = torch.Generator().manual_seed(5)
+
+    def random():
+        return {n: torch.randn(p.shape, generator=generator) for n, p in probe.bundle.trainable().items()}
+
+    def product(direction):
+        result = GradientAndHessianRow().run(job(model, task, **{HESSIAN_DIRECTION: direction}))
+        return flat(result.extras[HESSIAN_ROW]).double()
+
+    a, b = random(), random()
+    one, other = flat(a).double() @ product(b), flat(b).double() @ product(a)
+    assert float(one) == pytest.approx(float(other), rel=1e-3)
+
+
+def test_literal_first_row_of_lora_is_degenerate_at_the_start():
+    """B = 0: the first coordinate lies in A, so its Hessian entry is exactly 0 while the row is not."""
+    task = job()
+    task.bundle.load_adapter_state(task.bundle.initial_state)
+    parameters = task.bundle.trainable()
+    first = next(iter(parameters))
+    assert "lora_A" in first
+    direction = {first: torch.zeros_like(parameters[first])}
+    direction[first].view(-1)[0] = 1.0
+    task.inputs[HESSIAN_DIRECTION] = direction
+    row = GradientAndHessianRow().run(task).extras[HESSIAN_ROW]
+    assert row[first].view(-1)[0] == 0.0
+    assert flat(row).norm() > 1e-6
+
+
+def test_central_difference_of_a_client_is_close():
+    direction = {n: torch.ones_like(p) for n, p in job().bundle.trainable().items()}
+    exact = GradientAndHessianRow().run(job(**{HESSIAN_DIRECTION: direction}))
+    near = GradientAndHessianRow(hessian="central-difference", epsilon=0.3).run(
+        job(**{HESSIAN_DIRECTION: direction})
+    )
+    a, b = flat(exact.extras[HESSIAN_ROW]), flat(near.extras[HESSIAN_ROW])
+    assert float((a - b).norm() / a.norm()) < 2e-2
+    assert near.metrics["gradient-evaluations"] == 3
+
+
+def test_gradient_client_sends_what_the_row_client_sends():
+    plain, rich = FullGradient().run(job()), GradientAndHessianRow().run(job())
+    assert torch.equal(flat(plain.arrays), flat(rich.arrays))
+    assert rich.extras == {}
+    assert rich.metrics["gradient-evaluations"] == 1
+
+
+def test_hybrid_client_sends_the_row_at_the_start_and_the_trained_adapter():
+    direction = {n: torch.ones_like(p) for n, p in job().bundle.trainable().items()}
+    row = GradientAndHessianRow().run(job(**{HESSIAN_DIRECTION: direction}))
+    torch.manual_seed(0)  # dropout's, as the ClientApp seeds it
+    plain = Backprop(optimizer="sgd").run(job())
+    torch.manual_seed(0)
+    both = BackpropAndHessianRow(optimizer="sgd").run(job(**{HESSIAN_DIRECTION: direction}))
+    assert torch.equal(flat(both.extras[HESSIAN_ROW]), flat(row.extras[HESSIAN_ROW]))
+    assert both.loss == row.loss
+    assert torch.equal(flat(both.arrays), flat(plain.arrays))
+
+
+def test_error_of_a_client_names_model_and_way_out(monkeypatch):
+    task = job(**{HESSIAN_DIRECTION: {n: torch.ones_like(p) for n, p in job().bundle.trainable().items()}})
+    plain = task.task.loss
+    monkeypatch.setattr(type(task.task), "loss", lambda self, m, b: FusedSquare.apply(plain(m, b)).log())
+    with pytest.raises(TrainError, match=r"node-1.*tiny-random:bert.*central-difference"):
+        GradientAndHessianRow().run(task)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "client", "fits"),
+    [
+        ("fagh", "backprop", False),
+        ("fagh", "gradient", True),
+        ("fagh", "gradient-and-hessian-row", True),
+        ("sofim", "backprop", False),
+        ("sofim-opt", "backprop", True),
+        ("fedavg", "gradient", False),
+        ("flwr.serverapp.strategy:FedMedian", "gradient", False),
+    ],
+)
+def test_clients_that_send_something_else_are_refused_before_the_run(strategy, client, fits):
+    config = registry.config_from_flat({"strategy": strategy, "client": client})
+    if fits:
+        registry.check(config)
+    else:
+        with pytest.raises(ConfigError, match=r"client: .*set client to one of"):
+            registry.check(config)
+
+
+@pytest.mark.parametrize(
+    "flat_config",
+    [{"fagh.rho": 0.0}, {"fagh.rho": -1.0}, {"fagh.beta1": 1.0}, {"fagh.beta2": -0.1}, {"sofim.rho": 0.0}],
+)
+def test_settings_out_of_bounds_are_refused_before_the_run(flat_config):
+    config = {"strategy": "fagh", "client": "gradient-and-hessian-row", **flat_config}
+    with pytest.raises(ConfigError, match=next(iter(flat_config))):
+        registry.check(registry.config_from_flat(config))
+
+
+@pytest.mark.slow
+def test_a_row_costs_at_most_three_gradients():
+    task = job(batch_size=7)
+    direction = {n: torch.ones_like(p) for n, p in task.bundle.trainable().items()}
+
+    def seconds(update, **inputs):
+        run = job(batch_size=7, **inputs)
+        update.run(run)
+        times = []
+        for _ in range(20):
+            started = time.process_time()
+            update.run(run)
+            times.append(time.process_time() - started)
+        return min(times)
+
+    assert seconds(GradientAndHessianRow(), **{HESSIAN_DIRECTION: direction}) <= 3 * seconds(FullGradient())
