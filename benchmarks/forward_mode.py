@@ -1,0 +1,357 @@
+"""AG News within equal time: forward mode against zeroth order and back-propagation, by fedllm's own clients.
+
+Every method gets the same model, adapter, heads, data, clients and seconds. A round runs in this process, one client
+after the other: the strategy's messages go to the code that Flower's ClientApp calls, so that nothing but computing is
+timed, and a process that another one slows down loses nothing: the budget is the processor time of one thread, which is
+wall-clock time on an idle core. Evaluation is not counted.
+
+Finished runs are kept in ``--partial FILE`` and not repeated. Learning rates were chosen for each method on a seed that
+is not reported, within a fifth of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import (
+    TaskIdentity,
+)  # flwr's processes set it; messages cannot be made without
+from harness import arguments, console, report
+
+from fedllm import client, registry
+from fedllm.config import RunConfig, Scalar
+from fedllm.data import label_names, test_examples
+from fedllm.models import ModelBundle, load_bundle
+from fedllm.nodes import NodeInfo
+from fedllm.records import (
+    ARRAYS,
+    CLIENT,
+    CLIENT_PARAMETERS,
+    METRICS,
+    SEED,
+    UPLOAD_CODEC,
+    check_reply,
+    decode,
+    encode,
+    wire_bytes,
+)
+from fedllm.strategy import BaseStrategy
+from fedllm.tasks import get_task
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIENTS = 100
+COMMON: dict[str, Scalar] = {
+    "task": "sequence-classification",
+    "model.name": "packaged:minilm",
+    "model.device": "cpu",
+    "lora.rank": 1,
+    "lora.alpha": 1.0,
+    "lora.target-modules": "query,value",
+    "data.max-length": 64,
+    "data.partitioner": "dirichlet",
+    "data.min-partition-size": 8,
+    "train.batch-size": 8,
+    "train.local-steps": 10,
+    "server.fraction-train": 0.1,
+}
+"""As in the paper: LoRA of rank 1 and α = 1 on query and value, batches of 8, a tenth of the clients, and about an
+epoch of 100 rows, which is what one of the paper's 1,000 clients has."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a strategy, a client update, and their settings."""
+
+    title: str
+    strategy: str
+    client: str
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+METHODS = {
+    "spry": Method(
+        "Spry, ours",
+        "spry",
+        "forward-ad",
+        {"train.learning-rate": 1e-2, "train.head-learning-rate": 3.0},
+    ),
+    "spry_paper": Method(
+        "Spry, paper's preset",
+        "spry",
+        "forward-ad",
+        {"spry.preset": "paper", "train.learning-rate": 1e-3},
+    ),
+    "fedmezo": Method("FedMeZO", "fedavg", "zeroth-order", {"train.learning-rate": 1e-2}),
+    "fwdllm": Method(
+        "FwdLLM",
+        "spry",
+        "fwdllm",
+        {"spry.dealing": "all", "spry.send-direction": True, "train.learning-rate": 3e-2},
+    ),
+    "backprop_checkpointed": Method(
+        "back-propagation, checkpointed",
+        "fedavg",
+        "backprop-checkpointed",
+        {"train.learning-rate": 3e-3, "train.head-learning-rate": 1e-2},
+    ),
+    "backprop": Method(
+        "back-propagation",
+        "fedavg",
+        "backprop",
+        {"train.learning-rate": 3e-3, "train.head-learning-rate": 1e-2},
+    ),
+}
+ZEROTH_ORDER = ("fedmezo", "fwdllm")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run reached.
+
+    Attributes:
+        accuracy: on the test rows after the last round.
+        rounds: finished within the budget.
+        steps: local steps of all clients together.
+        bytes_up: sent by all clients together.
+        curve: seconds used and accuracy, at some of the rounds.
+    """
+
+    accuracy: float
+    rounds: int
+    steps: int
+    bytes_up: int
+    curve: list[tuple[float, float]]
+
+
+class Federation:
+    """A run's strategy, clients and test rows in this process."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.bundle: ModelBundle = load_bundle(config, label_names(config))
+        self.test = test_examples(config, self.bundle.tokenizer)
+        self.flat = config.to_flat()
+        strategy = registry.build(
+            "strategies",
+            config.strategy,
+            config.plugins.get(config.strategy, {}),
+            fraction_train=config.server.fraction_train,
+            seed=config.seed,
+        )
+        assert isinstance(strategy, BaseStrategy)
+        strategy.nodes = [NodeInfo(number + 1, str(number), (0, number, "")) for number in range(CLIENTS)]
+        self.strategy = strategy
+        self.bytes_up = 0
+        self.steps = 0
+
+    def round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """One round; returns the new adapter."""
+        new, _ = self.strategy.aggregate_train(
+            server_round, map(self._train, self._messages(server_round, arrays))
+        )
+        assert new is not None
+        return new
+
+    def first_client(self, arrays: ArrayRecord) -> None:
+        """What the first client of the first round does."""
+        self._train(next(iter(self._messages(1, arrays))))
+
+    def _messages(self, server_round: int, arrays: ArrayRecord) -> Iterable[Message]:
+        request = ConfigRecord(
+            {
+                CLIENT: self.config.client,
+                CLIENT_PARAMETERS: json.dumps(self.config.plugins.get(self.config.client, {})),
+                SEED: self.config.seed,
+                UPLOAD_CODEC: "fp32",
+            }
+        )
+        return self.strategy.configure_train(server_round, arrays, request, cast(Grid, None))
+
+    def _train(self, message: Message) -> Message:
+        partition = message.metadata.dst_node_id - 1
+        context = Context(
+            run_id=1,
+            node_id=partition + 1,
+            node_config={"partition-id": partition, "num-partitions": CLIENTS},
+            state=RecordDict(),
+            run_config=cast(Any, self.flat),
+        )
+        reply = client.train(message, context)
+        check_reply(reply, self.strategy.reply_spec(message))
+        self.bytes_up += wire_bytes(cast(ArrayRecord, reply.content[ARRAYS]))
+        self.steps += int(cast(Any, reply.content[METRICS])["steps"])
+        return reply
+
+    def accuracy(self, arrays: ArrayRecord) -> float:
+        """On the test rows."""
+        assert self.test is not None
+        self.bundle.load_adapter_state(decode(arrays))
+        pad = self.bundle.tokenizer.pad_token_id
+        return get_task(self.config.task).evaluate(self.bundle.model, self.test, 64, pad, "cpu")["accuracy"]
+
+
+def run(config: RunConfig, seconds: float, looks: int = 4) -> Outcome:
+    """Rounds until the budget is spent; the one that crosses it still counts, for every method alike.
+
+    Args:
+        config: of the run.
+        seconds: the budget, of processor time.
+        looks: evaluations, evenly over the budget.
+    """
+    federation = Federation(config)
+    arrays = encode(federation.bundle.initial_state)
+    federation.first_client(arrays)  # warms up caches and checks the model, and is then forgotten
+    federation = Federation(config)
+    used, rounds, due = 0.0, 0, seconds / looks
+    curve = []
+    while used < seconds:
+        started = time.process_time()
+        rounds += 1
+        arrays = federation.round(rounds, arrays)
+        used += time.process_time() - started
+        if used >= min(due, seconds):
+            curve.append((used, federation.accuracy(arrays)))
+            due += seconds / looks
+    return Outcome(curve[-1][1], rounds, federation.steps, federation.bytes_up, curve)
+
+
+def configuration(method: Method, data: Path, alpha: float, seed: int, test_rows: int) -> RunConfig:
+    """The configuration of one run."""
+    config = registry.config_from_flat(
+        {
+            **COMMON,
+            "strategy": method.strategy,
+            "client": method.client,
+            "seed": seed,
+            "data.source": str(data / "train.csv"),
+            "data.test-file": str(data / "test.csv"),
+            "data.alpha": alpha,
+            "data.test-rows": test_rows,
+            **method.settings,
+        }
+    )
+    registry.check(config)
+    return config
+
+
+def planned(seed: int, quick: bool) -> Iterator[tuple[float, int]]:
+    """Concentration and seed of every run of a method."""
+    for offset in range(1 if quick else 3):
+        yield 1.0, seed + offset
+    yield 0.1, seed
+
+
+class Partial:
+    """Outcomes of finished runs in a JSON file, so that an interrupted benchmark goes on where it was."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        found = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+        self._outcomes: dict[str, dict[str, Any]] = found
+
+    def get(self, config: RunConfig, seconds: float) -> Outcome | None:
+        """The outcome of a run with exactly this configuration and budget."""
+        found = self._outcomes.get(self._key(config, seconds))
+        return None if found is None else Outcome(**found)
+
+    def put(self, config: RunConfig, seconds: float, outcome: Outcome) -> None:
+        """Keep an outcome."""
+        self._outcomes[self._key(config, seconds)] = asdict(outcome)
+        if self._file:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(self._outcomes, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _key(config: RunConfig, seconds: float) -> str:
+        return json.dumps([config.to_flat(), seconds], sort_keys=True)
+
+
+def main() -> None:
+    args = arguments(
+        __doc__ or "",
+        data=str(ROOT.parent / "shared" / "data" / "ag_news"),
+        minutes=5.0,
+        partial="",
+        only="",
+        test_rows=2000,
+    )
+    data = Path(args.data).expanduser().resolve()
+    if missing := [str(data / name) for name in ("train.csv", "test.csv") if not (data / name).is_file()]:
+        raise SystemExit(
+            f"not found: {', '.join(missing)}; pass --data FOLDER with AG News as train.csv and test.csv "
+            "(columns text and label)"
+        )
+    names = [name.strip() for name in args.only.split(",") if name.strip()] or list(METHODS)
+    if unknown := set(names) - set(METHODS):
+        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a client takes one thread for each processor
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    minutes = min(args.minutes, 0.5) if args.quick else args.minutes
+    partial = Partial(Path(args.partial).expanduser() if args.partial else None)
+    outcomes: dict[str, dict[tuple[float, int], Outcome]] = {name: {} for name in names}
+    for alpha, seed in planned(args.seed, args.quick):
+        for name in names:
+            config = configuration(METHODS[name], data, alpha, seed, 500 if args.quick else args.test_rows)
+            outcome = partial.get(config, 60 * minutes)
+            if outcome is None:
+                outcome = run(config, 60 * minutes, looks=1 if args.quick else 4)
+                partial.put(config, 60 * minutes, outcome)
+            outcomes[name][alpha, seed] = outcome
+            console.print(
+                f"{name}, alpha {alpha}, seed {seed}: accuracy {outcome.accuracy:.3f} after {outcome.rounds} rounds, "
+                f"{outcome.steps} steps"
+            )
+    figures = summarise(outcomes, args.seed)
+    rows = [
+        ("", "alpha 1.0", "alpha 0.1", "rounds", "kB up per round and client"),
+        *(
+            (
+                METHODS[name].title,
+                figures[f"{name}_accuracy"],
+                figures[f"{name}_accuracy_alpha_01"],
+                figures[f"{name}_rounds"],
+                figures[f"{name}_kilobytes_up"],
+            )
+            for name in names
+        ),
+    ]
+    report(
+        args,
+        {"minutes": minutes, **figures},
+        rows,
+        f"AG News, MiniLM, accuracy after {minutes:g} minutes of one thread",
+    )
+
+
+def summarise(outcomes: Mapping[str, Mapping[tuple[float, int], Outcome]], seed: int) -> dict[str, Any]:
+    """Flat figures: means over seeds, and every run by itself."""
+    figures: dict[str, Any] = {}
+    for name, of_method in outcomes.items():
+        alike = {s: outcome for (alpha, s), outcome in of_method.items() if alpha == 1.0}
+        first = alike[seed]
+        figures |= {
+            f"{name}_accuracy": mean(outcome.accuracy for outcome in alike.values()),
+            f"{name}_accuracy_alpha_01": of_method[0.1, seed].accuracy,
+            f"{name}_rounds": first.rounds,
+            f"{name}_steps": first.steps,
+            f"{name}_kilobytes_up": first.bytes_up / first.rounds / (CLIENTS / 10) / 1000,
+            **{f"{name}_accuracy_seed_{s}": outcome.accuracy for s, outcome in alike.items()},
+            **{f"{name}_accuracy_at_{round(t)}_s": value for t, value in first.curve},
+        }
+    zeroth = [name for name in ZEROTH_ORDER if name in outcomes]
+    if zeroth:
+        figures["best_zeroth_order_accuracy"] = max(figures[f"{name}_accuracy"] for name in zeroth)
+    return figures
+
+
+if __name__ == "__main__":
+    main()

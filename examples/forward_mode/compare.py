@@ -1,0 +1,115 @@
+"""Run the app once by every gradient mode, then print one table and draw one picture.
+
+Usage: python compare.py [--rounds N] [--only MODE,MODE] [--root FOLDER]. A mode whose run is finished is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedllm.config import ModelConfig
+from fedllm.history import RunHistory
+from fedllm.mode_advice import advise
+from fedllm.plots import Panel, Series, comparison_panels, write_png
+from fedllm.report import load_run, write_report
+
+APP = Path(__file__).parent
+ADAMW = "train.learning-rate=3e-3 train.head-learning-rate=1e-2"
+MODES = {
+    "backprop": ADAMW,
+    "backprop-checkpointed": ADAMW,
+    "backprop-top-k": ADAMW,
+    "forward-ad": "",
+    "zeroth-order": "train.learning-rate=1e-2 train.head-learning-rate=1e-2",
+    "fwdllm": 'train.learning-rate=3e-2 train.head-learning-rate=3e-2 spry.dealing="all" spry.send-direction=true',
+}
+"""Client update and its settings. The zeroth-order modes cannot tell heads from adapters: what the larger learning rate
+of the heads gains is lost to noise."""
+MEMORY_OF = {"fwdllm": "zeroth-order"}  # two forward passes with the same memory
+
+
+def main() -> None:
+    """Run what is missing, then compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", default=",".join(MODES), help="modes with commas")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs and the picture")
+    args = parser.parse_args()
+    names = [name.strip() for name in args.only.split(",")]
+    if unknown := sorted(set(names) - set(MODES)):
+        parser.error(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
+    histories = {name: run(name, args.rounds, args.root.resolve()) for name in names}
+    compare(histories, args.root)
+
+
+def run(mode: str, rounds: int, root: Path) -> RunHistory:
+    """The history of the run by a mode; run it unless it has been."""
+    folder = root / f"forward-mode-{mode}-{rounds}"
+    if not folder.exists() or load_run(folder).status != "finished":
+        resume = ["--resume" if folder.exists() else "--name", folder.name]
+        overrides = shlex.quote(str(root)).replace("'", "")
+        subprocess.run(
+            [sys.executable, "-m", "fedllm", "simulate", str(APP), *resume, "--rounds", str(rounds), "-c",
+             f'client="{mode}" run.root="{overrides}" {MODES[mode]}'],
+            check=True,
+        )  # fmt: skip
+    return load_run(folder)
+
+
+def memory(mode: str, config: Mapping[str, object]) -> float:
+    """Predicted peak of a step in MB, weights included; on a CPU a process's own peak tells nothing of a mode."""
+    lines = advise(
+        ModelConfig(name=str(config["model.name"])),
+        str(config["task"]),
+        0,
+        rank=int(str(config["lora.rank"])),
+        batch=int(str(config["train.batch-size"])),
+        length=int(str(config["data.max-length"])),
+    )
+    return next(line.bytes for line in lines if line.mode == MEMORY_OF.get(mode, mode)) / 1e6
+
+
+def compare(histories: Mapping[str, RunHistory], root: Path) -> None:
+    """Print the table, draw the picture, and write the report of all runs."""
+    table = Table(title="The same run by every gradient mode", title_justify="left", box=None)
+    for heading in (
+        "mode",
+        "accuracy",
+        "seconds in clients",
+        "peak MB of a step",
+        "kB up a round and client",
+    ):
+        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    points = []
+    for index, (mode, history) in enumerate(histories.items()):
+        accuracy = history.metric("accuracy", "server")[-1][1]
+        replies = [reply for record in history.closed_rounds for reply in record.replies]
+        peak = memory(mode, history.config)
+        points.append(Series(mode, ((peak, accuracy),), index))
+        table.add_row(
+            mode,
+            f"{accuracy:.3f}",
+            f"{sum(reply.seconds or 0.0 for reply in replies):.0f}",
+            f"{peak:.0f}",
+            f"{history.bytes_up / max(len(replies), 1) / 1e3:.1f}",
+        )
+    Console().print(table)
+    by = [panel for panel in comparison_panels(histories) if panel.title.startswith("Accuracy by")]
+    picture = root / "forward_mode.png"
+    write_png([*by, Panel("Accuracy by memory", tuple(points), "MB in a step")], picture, "Gradient modes")
+    page = write_report([root / history.name for history in histories.values()], root / "comparison.html")
+    print(f"{picture}\n{page}")
+
+
+if __name__ == "__main__":
+    main()

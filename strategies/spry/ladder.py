@@ -1,0 +1,106 @@
+"""Which gradient mode a node uses: the first of a list that its memory can afford."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from fedllm.config import RunConfig, Scalar
+from fedllm.errors import PlanError
+from fedllm.lora.memory import MemoryModel
+from fedllm.lora.modes import Mode, StepShape, mode_memory
+from fedllm.narration import format_bytes
+from fedllm.nodes import NodeInfo
+from fedllm.resources import MEMORY
+
+if TYPE_CHECKING:
+    from fedllm.models import ModelBundle
+
+logger = logging.getLogger(__name__)
+
+
+def _split(value: Any) -> Any:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+# Without backprop-top-k: it would train but a part of what its node is dealt.
+Rung = Literal["backprop", "backprop-checkpointed", "forward-ad", "zeroth-order"]
+Modes = Annotated[tuple[Rung, ...], BeforeValidator(_split)]
+
+
+class Ladder:
+    """Gradient modes in order of preference, with what each needs.
+
+    Args:
+        modes: names of client updates; empty: nothing is planned.
+    """
+
+    def __init__(self, modes: Sequence[Mode]) -> None:
+        self._modes = tuple(modes)
+        self._needs: dict[Mode, int] = {}
+        self._plugins: Mapping[str, Mapping[str, Scalar]] = {}
+        self._told: dict[str, Mode] = {}
+
+    def prepare(self, config: RunConfig, bundle: ModelBundle) -> None:
+        """Predict the memory of every mode for the run's model, batch and length."""
+        if not self._modes:
+            return
+        from fedllm.model_spec import kept_attention, model_spec
+
+        base: Any = bundle.model.get_base_model()
+        settings: Any = bundle.model.peft_config["default"]
+        spec = model_spec(type(base), base.config, settings.modules_to_save or ())
+        model = config.model
+        memory = MemoryModel(
+            attention=kept_attention(base.config, bundle.device),
+            adapter_dropout=config.lora.dropout > 0,
+            quantized_compute=4 if model.dtype == "float32" else 2,
+        )
+        bits = {"4bit": 4, "8bit": 8}.get(model.quantization, 32 if model.dtype == "float32" else 16)
+        self._plugins = config.plugins
+        for mode in self._modes:
+            own = config.plugins.get(mode, {})
+            micro = int(own.get("micro-batch-size", 0))
+            shape = StepShape(
+                ranks=bundle.ranks,
+                bits=bits,
+                batch=min(micro or config.train.batch_size, config.train.batch_size),
+                length=config.data.max_length,
+                tangents=int(own.get("tangent-chunk", 0) or own.get("tangents", 1)),
+            )
+            self._needs[mode] = mode_memory(mode, spec, shape, memory).total
+
+    def mode_of(self, node: NodeInfo) -> Mode | None:
+        """The first mode that fits the memory that a node described; the last one, with a warning, if none does.
+
+        Raises:
+            PlanError: the node did not say how much memory it has, or the strategy runs outside fedllm's server.
+        """
+        if not self._modes:
+            return None
+        if not self._needs:
+            raise PlanError("spry.modes needs the model's sizes: run the strategy by fedllm's server app")
+        available = None if node.description is None else node.description.get(MEMORY)
+        if not isinstance(available, int | float):
+            raise PlanError(
+                f"node {node.name} did not describe its {MEMORY}, by which spry.modes picks its gradient mode"
+            )
+        fitting = [mode for mode in self._modes if self._needs[mode] <= available]
+        mode = fitting[0] if fitting else self._modes[-1]
+        if self._told.get(node.name) != mode:
+            self._told[node.name] = mode
+            needs = f"needs {format_bytes(self._needs[mode])} of {format_bytes(available)}"
+            if fitting:
+                logger.info("node %s trains by %s, which %s", node.name, mode, needs)
+            else:
+                logger.warning("node %s: no mode of spry.modes fits; %s %s", node.name, mode, needs)
+        return mode
+
+    def parameters(self, mode: Mode) -> dict[str, Scalar]:
+        """The parameters that the run's configuration has for a mode."""
+        return dict(self._plugins.get(mode, {}))
