@@ -100,6 +100,15 @@ class SplitModel:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    def block_of(self, name: str) -> int | None:
+        """The block to which a module or tensor of this name belongs; None: to no block, as the head does."""
+        path = f"{self.model.base_model_prefix}.{self._anatomy.blocks}."
+        before, found, rest = name.partition(path)
+        if not found or (before and not before.endswith(".")):
+            return None
+        number = rest.partition(".")[0]
+        return int(number) if number.isdecimal() else None
+
     def check_cut(self, cut: int, where: str = "cut") -> None:
         """Raise unless both sides keep at least one block.
 
