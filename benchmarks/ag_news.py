@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -63,9 +63,21 @@ class Measured:
         return next((number for number, value in enumerate(self.accuracy, start=1) if value >= TARGET), None)
 
 
-def run_ours(folder: Path, train: Path, test: Path, rounds: int, seed: int) -> tuple[Measured, RunConfig]:
-    """Run the example; also returns its configuration."""
-    values = {"data.source": str(train), "data.test-file": str(test), "run.root": str(folder / "runs")}
+def run_ours(
+    folder: Path,
+    train: Path,
+    test: Path,
+    rounds: int,
+    seed: int,
+    settings: Mapping[str, str | int] | None = None,
+) -> tuple[Measured, RunConfig]:
+    """Run the example, with further settings if there are any; also returns its configuration."""
+    values = {
+        "data.source": str(train),
+        "data.test-file": str(test),
+        "run.root": str(folder / "runs"),
+        **(settings or {}),
+    }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     job = prepare(ROOT / "examples" / "ag_news", [*overrides, f"seed={seed}"], name="ours", rounds=rounds)
     run_app(app_config.stage(job.app, job.config, folder / "ours"), federation_config(job.config))
@@ -98,6 +110,17 @@ def run_stock(
     return Measured(figures["accuracy"][1:], _differences(figures["time"][1:]), figures["parameters"])
 
 
+def data_files(folder: str) -> tuple[Path, Path]:
+    """The training and the test file in a folder; ends the program if one is not there."""
+    train, test = (Path(folder).expanduser().resolve() / name for name in ("train.csv", "test.csv"))
+    if missing := [str(path) for path in (train, test) if not path.is_file()]:
+        raise SystemExit(
+            f"not found: {', '.join(missing)}; pass --data FOLDER with AG News as train.csv and test.csv "
+            "(columns text and label, classes Business, Sci/Tech, Sports and World)"
+        )
+    return train, test
+
+
 def _differences(times: Sequence[float]) -> list[float]:
     return [after - before for before, after in pairwise(times)]
 
@@ -106,12 +129,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "", data=str(ROOT.parent / "shared" / "data" / "ag_news"), rounds=10, stock_cpus=1
     )
-    train, test = (Path(args.data).expanduser().resolve() / name for name in ("train.csv", "test.csv"))
-    if missing := [str(path) for path in (train, test) if not path.is_file()]:
-        raise SystemExit(
-            f"not found: {', '.join(missing)}; pass --data FOLDER with AG News as train.csv and test.csv "
-            "(columns text and label, classes Business, Sci/Tech, Sports and World)"
-        )
+    train, test = data_files(args.data)
     if args.rounds < 2:
         raise SystemExit(f"--rounds: expected at least 2, since the first is left out, found {args.rounds}")
     rounds, stock_rounds = (min(args.rounds, 8), 3) if args.quick else (args.rounds, args.rounds)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from fedllm.errors import ReplyError
 from fedllm.records import NUM_EXAMPLES
@@ -23,6 +23,7 @@ class Reply:
         arrays: the adapter or update, float32.
         metrics: numbers of its metric record.
         content: the whole reply, for method-specific extras.
+        sent: the arrays that this client was sent, as they travelled.
     """
 
     node: str
@@ -30,6 +31,7 @@ class Reply:
     arrays: Mapping[str, torch.Tensor]
     metrics: Mapping[str, float]
     content: RecordDict
+    sent: ArrayRecord = field(default_factory=ArrayRecord)
 
 
 class Accumulator(Protocol):

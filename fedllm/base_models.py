@@ -96,15 +96,35 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _load(
-    source: ModelSource, model: ModelConfig, task: str, labels: tuple[str, ...], device: torch.device
-) -> BaseModel:
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer of a base model, with a padding token; no weight is read.
+
+    Raises:
+        ModelError: the model is not there, or its tokenizer has no token to pad with.
+    """
+    try:
+        with quiet_transformers():
+            return _tokenizer(resolve_model(model), model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0][:500]
+        raise ModelError(f"model.name={model.name!r}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def _tokenizer(source: ModelSource, model: ModelConfig) -> Any:
     at = {"revision": source.revision} if source.revision else {}
     tokenizer = AutoTokenizer.from_pretrained(source.path, **at)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(f"model.name={model.name!r}: its tokenizer has neither a padding nor an end token")
+    return tokenizer
+
+
+def _load(
+    source: ModelSource, model: ModelConfig, task: str, labels: tuple[str, ...], device: torch.device
+) -> BaseModel:
+    at = {"revision": source.revision} if source.revision else {}
+    tokenizer = _tokenizer(source, model)
     auto: Any
     heads: list[str]
     if task == "causal-lm":
@@ -123,7 +143,9 @@ def _load(
             label2id={label: number for number, label in enumerate(labels)},
             **at,
         )
-        auto, heads = AutoModelForSequenceClassification, _head_names(config)
+        auto, heads = AutoModelForSequenceClassification, head_names(config)
+    if model.blocks:
+        _shorten(config, model)
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "use_safetensors": True}
     if model.attention != "auto":
         options["attn_implementation"] = model.attention
@@ -147,7 +169,17 @@ def _load(
     return BaseModel(base.eval(), tokenizer, tuple(heads))
 
 
-def _head_names(config: Any) -> list[str]:
+def _shorten(config: Any, model: ModelConfig) -> None:
+    """Leave out all blocks but the first: transformers then reads no weight of the others from the file."""
+    there = config.num_hidden_layers
+    if model.blocks > there:
+        raise ModelError(f"model.blocks is {model.blocks}, but {model.name} has {there} blocks")
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[: model.blocks]
+    config.num_hidden_layers = model.blocks
+
+
+def head_names(config: Any) -> list[str]:
     """The modules beside the body of a classification model, for example ``classifier`` or ``score``."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]

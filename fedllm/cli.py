@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -179,11 +180,33 @@ def new(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Instead, tell which gradient modes fit a node that trains this model.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of the node, for example 8GB; default: this machine's.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="sequence-classification or causal-lm.")] = "causal-lm",
+    quantization: Annotated[str, typer.Option(help="none, 8bit or 4bit.")] = "none",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 16,
+    max_length: Annotated[int, typer.Option(min=4, help="Tokens of the longest example.")] = 128,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
+    as_json: Json = False,
+) -> None:
     """Check this machine: versions, GPU, quantisation, hub, Flower's leftovers, folders and disk.
+
+    With `--model` it tells instead what a training step of each gradient mode needs.
 
     Exit code 1 means that something must be fixed; warnings do not count.
     """
+    if model is not None:
+        values = {"task": task, "model.name": model, "model.quantization": quantization, "model.dtype": dtype}
+        _advise(values, memory, rank, batch_size, max_length, as_json)
+        return
+    if memory is not None:
+        raise typer.BadParameter("--memory needs --model: it says which gradient modes of a model fit")
     from fedllm import doctor as checks
 
     results = checks.run_checks()
@@ -192,6 +215,25 @@ def doctor(as_json: Json = False) -> None:
     else:
         checks.render(results, _console())
     raise typer.Exit(EXIT_FAILED if any(check.status == "fail" for check in results) else 0)
+
+
+def _advise(
+    values: dict[str, str], memory: str | None, rank: int, batch_size: int, max_length: int, as_json: bool
+) -> None:
+    """Print which gradient modes of a model fit a memory."""
+    from fedllm import mode_advice
+    from fedllm.config import RunConfig
+
+    config = RunConfig.from_flat(values)
+    available = mode_advice.available_bytes(memory, config.model.device)
+    advice = mode_advice.advise(
+        config.model, config.task, available, rank=rank, batch=batch_size, length=max_length
+    )
+    if as_json:
+        typer.echo(json.dumps([asdict(line) for line in advice], indent=2))
+    else:
+        title = f"{config.model.name}, {batch_size} examples of {max_length} tokens, LoRA of rank {rank}"
+        mode_advice.render(advice, available, title, _console())
 
 
 def main() -> NoReturn:

@@ -13,33 +13,45 @@ import time
 from functools import cache
 from typing import Any
 
-import psutil
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedllm import __version__, registry
-from fedllm.config import RunConfig
+from fedllm.base_models import load_tokenizer
+from fedllm.config import ModelConfig, RunConfig
 from fedllm.data import client_examples, label_counts, label_names
 from fedllm.encoded import Encoded
-from fedllm.errors import DataError, FedLLMError
+from fedllm.errors import DataError, FedLLMError, PlanError
+from fedllm.frozen import frozen_products
 from fedllm.models import ModelBundle, load_bundle
+from fedllm.planned import Planned
 from fedllm.records import (
+    ADAPTER,
     ARRAYS,
+    ASK_IMPORTANCE,
+    ATTACK,
+    ATTACK_PARAMETERS,
     CLIENT,
     CLIENT_PARAMETERS,
     CONFIG,
+    FROZEN,
     METRICS,
     NUM_EXAMPLES,
+    OWNED,
     SEED,
     SERVER_ROUND,
+    SIMULATED,
     UPLOAD_CODEC,
+    WORKERS,
     decode,
     encode,
     only_arrays,
+    records_of,
 )
+from fedllm.resources import MEMORY, memory_budget, node_resources
 from fedllm.seeding import derive_seed
 from fedllm.tasks import get_task
-from fedllm.update import ClientUpdate, TrainJob
+from fedllm.update import Attack, ClientUpdate, TrainJob
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +63,22 @@ def node_name(context: Context) -> str:
 
 
 def describe(message: Message, context: Context) -> Message:
-    """Answer ``query.describe``: resources and number of examples, or why this node cannot take part."""
-    record: dict[str, Any] = {"name": node_name(context), "version": __version__}
+    """Answer ``query.describe``: resources and number of examples, or why this node cannot take part.
+
+    No weight of the base model is read: the node may be too small to hold it as the configuration has it.
+    """
+    record: dict[str, Any] = {"name": node_name(context), "version": __version__, SIMULATED: _is_simulated()}
+    if (workers := _simulated_workers()) is not None:
+        record[WORKERS] = workers
     try:
         config = _config(context)
-        _, examples = _load(config, context)
+        _use_own_cpus()
+        examples = _examples(config, context, _tokenizer(config.model.name, config.model.revision))
         device = _device(config)
         record |= {
             "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             "cpus": len(os.sched_getaffinity(0)),
-            "memory-bytes": _memory_bytes(device),
+            **node_resources(context.node_config, config, device, node_name(context)),
             NUM_EXAMPLES: len(examples),
         }
         if config.data.share_label_counts and config.task == "sequence-classification":
@@ -74,13 +92,13 @@ def describe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Answer ``train``: run the update rule that the message names on the adapter that it carries."""
     started = time.perf_counter()
-    config = _config(context)
-    bundle, examples = _load(config, context)
     request = message.content[CONFIG]
     assert isinstance(request, ConfigRecord)
+    config, budget = _planned(request, context)
+    bundle, examples = _load(config, context)
     server_round, name = int(_number(request, SERVER_ROUND)), node_name(context)
     start = decode(only_arrays(message))
-    bundle.load_adapter_state(start)
+    bundle.load_adapter_state(start, any_ranks=True)
     seed = derive_seed(int(_number(request, SEED)), server_round, name)
     # Dropout draws from torch's global generator.
     torch.manual_seed(seed)
@@ -89,16 +107,34 @@ def train(message: Message, context: Context) -> Message:
     update: ClientUpdate = registry.build(
         "clients", str(request[CLIENT]), json.loads(str(request[CLIENT_PARAMETERS]))
     )
-    result = update.run(
-        TrainJob(bundle, get_task(config.task), examples, config.train, seed, server_round, name, start)
+    inputs = {
+        key: decode(record) for key, record in records_of(message, ArrayRecord).items() if key != ARRAYS
+    }
+    job = TrainJob(
+        bundle,
+        get_task(config.task),
+        examples,
+        config.train,
+        seed,
+        server_round,
+        name,
+        start,
+        owned=_names(request, OWNED),
+        ask_importance=bool(request.get(ASK_IMPORTANCE, False)),
+        inputs=inputs,
     )
+    with frozen_products(bundle.model, inputs.get(FROZEN, {})):
+        result = _attack(request, name).run(update, job) if ATTACK in request else update.run(job)
     codec: Any = request[UPLOAD_CODEC]
-    content = RecordDict({ARRAYS: encode(result.arrays, codec, start)})
+    # A gradient is small beside the adapter: its difference to the adapter would be a poor thing to round.
+    reference = start if getattr(update, "sends", ADAPTER) == ADAPTER else None
+    content = RecordDict({ARRAYS: encode(result.arrays, codec, reference)})
     for record_name, tensors in result.extras.items():
         content[record_name] = encode(tensors)
     content[METRICS] = MetricRecord(
         {
             **result.metrics,
+            **budget,
             NUM_EXAMPLES: result.num_examples,
             "loss": result.loss,
             "seconds": time.perf_counter() - started,
@@ -111,17 +147,22 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Answer ``evaluate``: metrics of the adapter on the client's own examples."""
     started = time.perf_counter()
-    config = _config(context)
+    request = records_of(message, ConfigRecord).get(CONFIG, ConfigRecord())
+    config, budget = _planned(request, context)
     bundle, examples = _load(config, context)
-    bundle.load_adapter_state(decode(only_arrays(message)))
-    metrics = get_task(config.task).evaluate(
-        bundle.model,
-        examples,
-        config.server.evaluate_batch_size,
-        bundle.tokenizer.pad_token_id,
-        bundle.device,
+    bundle.load_adapter_state(decode(only_arrays(message)), any_ranks=True)
+    frozen = records_of(message, ArrayRecord).get(FROZEN, ArrayRecord())
+    with frozen_products(bundle.model, decode(frozen)):
+        metrics = get_task(config.task).evaluate(
+            bundle.model,
+            examples,
+            config.server.evaluate_batch_size,
+            bundle.tokenizer.pad_token_id,
+            bundle.device,
+        )
+    record = MetricRecord(
+        {**metrics, **budget, NUM_EXAMPLES: len(examples), "seconds": time.perf_counter() - started}
     )
-    record = MetricRecord({**metrics, NUM_EXAMPLES: len(examples), "seconds": time.perf_counter() - started})
     return Message(RecordDict({METRICS: record}), reply_to=message)
 
 
@@ -129,10 +170,52 @@ def _load(config: RunConfig, context: Context) -> tuple[ModelBundle, Encoded]:
     _use_own_cpus()
     labels = label_names(config) if config.task == "sequence-classification" else ()
     bundle = load_bundle(config, labels)
-    examples = client_examples(config, bundle.tokenizer, *_partition(context), _node_file(context))
+    return bundle, _examples(config, context, bundle.tokenizer)
+
+
+def _examples(config: RunConfig, context: Context, tokenizer: Any) -> Encoded:
+    examples = client_examples(config, tokenizer, *_partition(context), _node_file(context))
     if len(examples) == 0:
         raise DataError(f"node {node_name(context)} has no training examples")
-    return bundle, examples
+    return examples
+
+
+@cache
+def _tokenizer(name: str, revision: str) -> Any:
+    return load_tokenizer(ModelConfig(name=name, revision=revision))
+
+
+def _attack(request: ConfigRecord, name: str) -> Attack:
+    """The attack that the server orders; a deployed node refuses."""
+    if not _is_simulated():
+        raise FedLLMError(f"node {name} is not simulated and does not attack; set attack to none")
+    attack: Attack = registry.build(
+        "attacks", str(request[ATTACK]), json.loads(str(request[ATTACK_PARAMETERS]))
+    )
+    return attack
+
+
+def _is_simulated() -> bool:
+    """Whether this process is a worker of Flower's simulation engine, which runs on Ray."""
+    return "RAY_JOB_ID" in os.environ or "RAY_RAYLET_PID" in os.environ
+
+
+def _planned(request: ConfigRecord, context: Context) -> tuple[RunConfig, dict[str, int]]:
+    """The configuration with what the server planned for this node, and the budget to report with the reply.
+
+    Raises:
+        PlanError: the node has less memory now than the plan needs.
+    """
+    config, planned = _config(context), Planned.from_config(request)
+    if planned is None:
+        return config, {}
+    budget = memory_budget(context.node_config, config, _device(config), node_name(context))
+    if planned.bytes > budget:
+        raise PlanError(
+            f"node {node_name(context)}: the plan needs {planned.bytes:,} bytes, but {MEMORY} is now {budget:,}; "
+            "waiting for another plan"
+        )
+    return planned.apply(config), {MEMORY: budget}
 
 
 def _config(context: Context) -> RunConfig:
@@ -167,7 +250,7 @@ def _node_file(context: Context) -> str:
 def _use_own_cpus() -> None:
     """Use as many torch threads as the process has CPUs: Ray's share in simulation, else those it may run on."""
     cpus = float(len(os.sched_getaffinity(0)))
-    if "RAY_JOB_ID" in os.environ or "RAY_RAYLET_PID" in os.environ:
+    if _is_simulated():
         import ray
 
         if ray.is_initialized():
@@ -176,15 +259,23 @@ def _use_own_cpus() -> None:
     torch.set_num_threads(max(int(cpus), 1))
 
 
+def _simulated_workers() -> int | None:
+    """Clients for which Ray has room at the same time; None outside of a simulation."""
+    if not _is_simulated():
+        return None
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    own = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    room = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    shares = [(room.get(kind, 0.0), own[kind]) for kind in ("CPU", "GPU") if own.get(kind, 0.0) > 0]
+    return min((int(total / share + 1e-9) for total, share in shares), default=None)
+
+
 def _device(config: RunConfig) -> torch.device:
     name = config.model.device
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return int(psutil.virtual_memory().total)
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -199,3 +290,10 @@ def _number(record: ConfigRecord, key: str) -> float:
     if not isinstance(value, int | float):
         raise FedLLMError(f"the server sent {key}={value!r}, expected a number")
     return value
+
+
+def _names(record: ConfigRecord, key: str) -> tuple[str, ...]:
+    value = record.get(key, [])
+    if not isinstance(value, list):
+        raise FedLLMError(f"the server sent {key}={value!r}, expected a list of names")
+    return tuple(str(name) for name in value)

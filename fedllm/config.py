@@ -34,6 +34,8 @@ Scalar = bool | int | float | str
 def _split(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (value,)  # TOML writes a list of one number without quotes
     return value
 
 
@@ -58,7 +60,10 @@ def _positive_ranks(value: dict[str, int]) -> dict[str, int]:
 
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split)]
 RankPattern = Annotated[dict[str, int], BeforeValidator(_split_mapping), AfterValidator(_positive_ranks)]
+RankList = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
+AggregationName = Literal["auto", "factor-average", "zero-pad", "stack", "svd", "exact"]
 FloatList = Annotated[tuple[float, ...], BeforeValidator(_split)]
+PositiveList = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_split)]
 
 
 def kebab(name: str) -> str:
@@ -103,6 +108,12 @@ class ModelConfig(Section):
     device: str = Field(
         "auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA where it is to be had"
     )
+    blocks: int = Field(
+        0, ge=0, description="load only the first blocks of the model, so many; 0: all of them"
+    )
+    cache_bundles: int = Field(
+        3, ge=1, description="loaded models that a process keeps, those used last (one for each quantisation)"
+    )
 
 
 class LoraConfig(Section):
@@ -119,6 +130,34 @@ class LoraConfig(Section):
     rank_pattern: RankPattern = Field(
         {}, description="ranks of single modules: module-regex=rank,module-regex=rank"
     )
+    client_ranks: RankList = Field(
+        (),
+        description="ranks of the clients in turn, each at most lora.rank, for example 2,4,8; no module gets more than "
+        "the client's rank; empty: every client has the full rank",
+    )
+    aggregation: AggregationName = Field(
+        "auto",
+        description="how adapters are averaged: factor-average, zero-pad, stack, svd or exact; auto: exact where "
+        "ranks differ between clients, else the plain mean of the factors",
+    )
+    accumulator_rank: int = Field(
+        0,
+        ge=0,
+        description="largest rank of a module that the server keeps between rounds (exact, stack); 0: no limit",
+    )
+
+    @model_validator(mode="after")
+    def _client_ranks_fit(self) -> Self:
+        if too_high := [rank for rank in self.client_ranks if rank > self.rank]:
+            raise ValueError(
+                f"lora.client-ranks: {too_high[0]} exceeds lora.rank, which is {self.rank}; raise lora.rank, the rank "
+                "of the global adapter, or lower the client's"
+            )
+        if 0 < self.accumulator_rank < self.rank:
+            raise ValueError(
+                f"lora.accumulator-rank ({self.accumulator_rank}) must be 0 or at least lora.rank ({self.rank})"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -261,6 +300,28 @@ class SimulationConfig(Section):
         1, ge=1, description="CPUs that one running client gets, and its torch threads"
     )
     gpus_per_client: float = Field(0.0, ge=0, description="share of a GPU that one running client gets")
+    memory_megabytes: PositiveList = Field(
+        (),
+        description="memory budget of every client in MB, in order (one value: of all); empty: that of the machine",
+    )
+    flops_per_second: PositiveList = Field(
+        (), description="speed of every client, as memory-megabytes; empty: measured"
+    )
+    upload_rate: PositiveList = Field(
+        (), description="bytes a second of every client to the server, as memory-megabytes; empty: 100 Mbit/s"
+    )
+    download_rate: PositiveList = Field(
+        (), description="bytes a second of the server to every client, as memory-megabytes; empty: 100 Mbit/s"
+    )
+
+    @model_validator(mode="after")
+    def _one_value_for_every_client(self) -> Self:
+        for name in ("memory_megabytes", "flops_per_second", "upload_rate", "download_rate"):
+            if (count := len(getattr(self, name))) not in (0, 1, self.clients):
+                raise ValueError(
+                    f"simulation.{kebab(name)} has {count} values, expected 1 or {self.clients} (simulation.clients)"
+                )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -286,6 +347,18 @@ class RunConfig(Section):
     client: str = Field(
         "backprop", min_length=1, description="client update rule: a registered name or module:Class"
     )
+    defence: str = Field(
+        "none",
+        min_length=1,
+        description="filter of the clients' replies: none, a registered name or module:Class",
+    )
+    attack: str = Field(
+        "none",
+        min_length=1,
+        description="what hostile clients do, in simulations only: none or a registered name",
+    )
+    attack_fraction: float = Field(0.2, gt=0, le=1, description="share of the clients that is hostile")
+    attack_from_round: int = Field(1, ge=1, description="first round in which hostile clients attack")
     task: Literal["sequence-classification", "causal-lm"] = Field(
         "sequence-classification", description="what is learned"
     )
@@ -391,6 +464,7 @@ class RunConfig(Section):
             "rounds",
             "data.cache-dir",
             "model.device",
+            "model.cache-bundles",
         )
         kept = {key: value for key, value in self.to_flat().items() if not key.startswith(free)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

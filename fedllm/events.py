@@ -18,6 +18,12 @@ node-replied        round, phase ("train" or "evaluate"), node, bytes_up, bytes_
 node-dropped        round, phase, node, reason
 aggregated          round, replies, asked, num_examples, loss, seconds, update_norm
 evaluated           round (0: before training), where ("server" or "clients"), metrics (mapping), seconds
+planned             round, phase ("warm-up" or "plan"), weights (names of the candidates, in order), nodes (by name:
+                    bits, batch_size, steps, ranks by weight, predicted bytes and seconds, under_training, value),
+                    refused (reason by name); it holds until the next one
+round-timed         round, seconds (of the slowest node by the time model), nodes (seconds by name)
+verdict             round, defence, by node: kept, scores (larger: more trusted), factors (0: rejected); VERT adds
+                    distances (above 1: outside of what is expected) by node and predictor
 round-skipped       round, reason
 checkpointed        round, path, bytes, seconds
 checkpoint-failed   round, reason

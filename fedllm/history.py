@@ -6,10 +6,21 @@ and the log lines are views of it. A resumed run repeats rounds; the newest vers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from fedllm.outcomes import HEADLINE_METRICS, NodeDrop, NodeInfo, NodeReply, NodeTotals, RoundRecord
+from fedllm.outcomes import (
+    HEADLINE_METRICS,
+    NodeDrop,
+    NodeInfo,
+    NodeReply,
+    NodeTask,
+    NodeTotals,
+    NodeVerdict,
+    PlanRecord,
+    RoundRecord,
+)
 
 Status = Literal["running", "finished", "failed"]
 
@@ -31,6 +42,7 @@ class RunHistory:
         failure: why the run failed.
         final_metrics: metrics of the final model, from ``run-finished``.
         warnings: warnings, rejected nodes and failed checkpoints, oldest first.
+        plans: what nodes were told to do, by those strategies that plan, oldest first.
     """
 
     def __init__(self) -> None:
@@ -52,6 +64,7 @@ class RunHistory:
         self.failure: str | None = None
         self.final_metrics: dict[str, float | None] = {}
         self.warnings: list[str] = []
+        self.plans: list[PlanRecord] = []
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> RunHistory:
@@ -78,6 +91,7 @@ class RunHistory:
 
     def _run_resumed(self, event: Mapping[str, Any]) -> None:
         self._forget_rounds_from(event["round"] + 1)
+        self.plans = [plan for plan in self.plans if plan.round <= event["round"]]
 
     def _run_finished(self, event: Mapping[str, Any]) -> None:
         self.status, self.final_metrics = "finished", _numbers(event["metrics"])
@@ -125,6 +139,21 @@ class RunHistory:
         record = self._round(event)
         record.replies_counted, record.num_examples = event["replies"], event["num_examples"]
         record.train_loss, record.update_norm = event["loss"], event["update_norm"]
+
+    def _planned(self, event: Mapping[str, Any]) -> None:
+        nodes = {
+            name: NodeTask(plan["bits"], plan["batch_size"], plan["ranks"])
+            for name, plan in event["nodes"].items()
+        }
+        self.plans = [plan for plan in self.plans if plan.round < event["round"]]
+        self.plans.append(PlanRecord(event["round"], event["phase"], tuple(event["weights"]), nodes))
+
+    def _verdict(self, event: Mapping[str, Any]) -> None:
+        scores = event["scores"]
+        self._round(event).verdicts = {
+            name: NodeVerdict(kept, math.nan if scores[name] is None else scores[name])
+            for name, kept in event["kept"].items()
+        }
 
     def _evaluated(self, event: Mapping[str, Any]) -> None:
         self._round(event).evaluations[event["where"]] = _numbers(event["metrics"])
@@ -231,6 +260,8 @@ _HANDLERS: Mapping[str, Callable[[RunHistory, Mapping[str, Any]], None]] = {
     "node-replied": RunHistory._node_replied,
     "node-dropped": RunHistory._node_dropped,
     "round-started": RunHistory._round_started,
+    "planned": RunHistory._planned,
+    "verdict": RunHistory._verdict,
     "aggregated": RunHistory._aggregated,
     "evaluated": RunHistory._evaluated,
     "round-skipped": RunHistory._round_skipped,

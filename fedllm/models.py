@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import tempfile
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedllm.adapter_ranks import AdapterLayers, check_state
 from fedllm.base_models import BaseModel, load_base, resolve_device, seeded
 from fedllm.config import ModelConfig, RunConfig
 from fedllm.errors import ModelError
@@ -27,7 +30,7 @@ from fedllm.seeding import derive_seed
 
 _DESCRIPTION = "fedllm.json"
 _WEIGHTS = "adapter_model.safetensors"
-_BUNDLES: dict[str, ModelBundle] = {}
+_BUNDLES: OrderedDict[str, ModelBundle] = OrderedDict()
 _LOCK = threading.Lock()
 
 
@@ -35,7 +38,7 @@ _LOCK = threading.Lock()
 class ModelBundle:
     """A frozen base model with a trainable adapter, and its tokenizer.
 
-    The adapter holds whatever its last user left in it; load a state before relying on it.
+    The adapter holds whatever its last user left in it, of whatever ranks; load a state before relying on it.
 
     Attributes:
         model: in evaluation mode unless a user switched it.
@@ -60,13 +63,15 @@ class ModelBundle:
         live = {p.data_ptr(): p for p in self.model.parameters() if p.requires_grad}
         state = peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
         self._trainable = {name: live[tensor.data_ptr()] for name, tensor in state.items()}
+        self._names = tuple(self._trainable)
+        self._layers = AdapterLayers(self.model, {id(p): name for name, p in self._trainable.items()})
         in_heads = {
             id(parameter)
             for module in self.model.modules()
             if isinstance(module, ModulesToSaveWrapper)
             for parameter in module.modules_to_save.parameters()
         }
-        self._heads = frozenset(name for name, p in self._trainable.items() if id(p) in in_heads)
+        self._heads = {name: p for name, p in self._trainable.items() if id(p) in in_heads}
         self.initial_state = self.adapter_state()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -84,17 +89,42 @@ class ModelBundle:
             for name, parameter in self._trainable.items()
         }
 
-    def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy a state into the live parameters, which stay where they are in memory.
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every adapted module now, by its name within the base model."""
+        return self._layers.form
+
+    def factors(self) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter, float]]:
+        """The live ``lora_A``, ``lora_B`` and α/r of every adapted module, by its name within the base model."""
+        return self._layers.factors()
+
+    def load_adapter_state(self, state: Mapping[str, torch.Tensor], *, any_ranks: bool = False) -> None:
+        """Copy a state into the live parameters; those that keep their shape stay where they are in memory.
+
+        Args:
+            state: tensors by PEFT state-dict name.
+            any_ranks: take an adapter of other ranks, or of fewer modules, than the configuration gave this
+                model; a module that the state lacks is then not adapted and costs nothing. Parameters of
+                another rank are new objects. Without it the state must have the configured ranks.
 
         Raises:
             ModelError: a key is missing or unknown, a shape or rank differs, or a value is not finite; the
                 model is unchanged then.
         """
-        self._check_state(state)
+        form = self._layers.form_of(state) if any_ranks else self._layers.own
+        check_state(state, self._shapes(form), self.config.name)
+        if form != self._layers.form:
+            self._layers.take(form)
+            live = {**self._layers.parameters(), **self._heads}
+            self._trainable = {name: live[name] for name in self._names if name in live}
         with torch.no_grad():
             for name, parameter in self._trainable.items():
                 parameter.copy_(state[name])
+
+    def _shapes(self, form: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of an adapter with these ranks, in the order of :meth:`trainable`."""
+        shapes = self._layers.shapes(form) | {name: tuple(p.shape) for name, p in self._heads.items()}
+        return {name: shapes[name] for name in self._names if name in shapes}
 
     def save_adapter(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads, with tokenizer and labels.
@@ -103,7 +133,7 @@ class ModelBundle:
 
         Args:
             folder: replaced if it exists.
-            state: the adapter to write; None: the model's own.
+            state: the adapter to write, of any ranks; None: the model's own.
 
         Raises:
             ModelError: the state does not fit the model.
@@ -111,7 +141,9 @@ class ModelBundle:
         """
         if state is None:
             state = self.adapter_state()
-        self._check_state(state)
+        form = self._layers.form_of(state)
+        shapes = self._shapes(form)
+        check_state(state, shapes, self.config.name)
         settings: Any = copy.copy(self.model.peft_config["default"])
         settings.inference_mode = True
         settings.base_model_name_or_path = canonical_name(self.config.name)
@@ -119,6 +151,7 @@ class ModelBundle:
         settings.target_modules = sorted(
             settings.target_modules
         )  # a set is written in another order every time
+        self._layers.describe(form, settings)
         description = {
             "base-model": settings.base_model_name_or_path,
             "revision": self.config.revision,
@@ -126,55 +159,48 @@ class ModelBundle:
             "labels": list(self.labels),
         }
         with _replacing(folder) as target:
-            tensors = {
-                name: state[name].detach().to("cpu", torch.float32).contiguous() for name in self._trainable
-            }
+            tensors = {name: state[name].detach().to("cpu", torch.float32).contiguous() for name in shapes}
             save_file(tensors, target / _WEIGHTS, metadata={"format": "pt"})
             settings.save_pretrained(str(target))
             self.tokenizer.save_pretrained(target)
             (target / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     @contextmanager
-    def gradient_checkpointing(self, on: bool = True) -> Iterator[None]:
+    def gradient_checkpointing(self, on: bool = True, *, offload: bool = False) -> Iterator[None]:
         """Recompute activations in the backward pass instead of keeping them, in training mode only.
 
         The non-reentrant form is used: it finds the adapter's parameters by itself, whereas the reentrant one
         yields no gradients when the input of a block needs none, as behind frozen embeddings.
+
+        Args:
+            on: False changes nothing.
+            offload: keep the inputs of the blocks in the host's memory; on a CPU they are there anyway.
         """
         if not on:
             yield
             return
         base: Any = self.model.get_base_model()
         with quiet_transformers():
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False},
+                offload=offload and self.device.type != "cpu",
+            )
+        # transformers lets the embeddings' output need a gradient, for the reentrant form; with it the blocks below the
+        # lowest trained one would be kept and differentiated for nothing, also after checkpointing has ended.
+        base.disable_input_require_grads()
         try:
             yield
         finally:
             with quiet_transformers():
-                base.gradient_checkpointing_disable()
-
-    def _check_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        missing = [name for name in self._trainable if name not in state]
-        extra = [name for name in state if name not in self._trainable]
-        if missing or extra:
-            raise ModelError(
-                f"the adapter is not of this model ({self.config.name}): "
-                f"{_count(missing, 'missing')}; {_count(extra, 'unexpected')}"
-            )
-        for name, parameter in self._trainable.items():
-            tensor = state[name]
-            if tensor.shape != parameter.shape:
-                raise ModelError(_describe_shapes(name, tuple(tensor.shape), tuple(parameter.shape)))
-            if not tensor.is_floating_point():
-                raise ModelError(f"adapter tensor {name}: expected floating point, found {tensor.dtype}")
-            if not torch.isfinite(tensor).all():
-                raise ModelError(f"adapter tensor {name} holds values that are not finite (NaN or Inf)")
+                base.activation_checkpointing_disable()
 
 
 def load_bundle(config: RunConfig, labels: tuple[str, ...] = ()) -> ModelBundle:
     """The model, adapter and tokenizer of a run, loaded once per process.
 
-    Heads and low-rank factors are drawn from ``config.seed``; the caller's random state is left as it was.
+    A process keeps ``model.cache-bundles`` of them, those used last. One serves adapters of all ranks, see
+    :meth:`ModelBundle.load_adapter_state`. Heads and low-rank factors are drawn from ``config.seed``; the caller's
+    random state is left as it was.
 
     Args:
         config: its model, lora, task and seed decide what is loaded.
@@ -184,12 +210,23 @@ def load_bundle(config: RunConfig, labels: tuple[str, ...] = ()) -> ModelBundle:
         ModelError: the model is not there, does not fit the task, or a module name matches nothing.
     """
     key = json.dumps(
-        [config.model.model_dump(), config.lora.model_dump(), config.task, labels, config.seed],
+        [
+            config.model.model_dump(exclude={"cache_bundles"}),
+            config.lora.model_dump(),
+            config.task,
+            labels,
+            config.seed,
+        ],
         sort_keys=True,
     )
     with _LOCK:
         if key not in _BUNDLES:
+            # Room is made first, so that never more of them are in memory than are allowed.
+            while len(_BUNDLES) >= config.model.cache_bundles:
+                _BUNDLES.popitem(last=False)
+                gc.collect()  # modules refer to each other in circles
             _BUNDLES[key] = _build_bundle(config, labels)
+        _BUNDLES.move_to_end(key)
         return _BUNDLES[key]
 
 
@@ -283,16 +320,3 @@ def _replacing(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
-
-
-def _count(names: list[str], what: str) -> str:
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} {what}" + (f" ({shown})" if names else "")
-
-
-def _describe_shapes(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    rank_axis = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
-    two_axes = len(found) == len(expected) == 2
-    if rank_axis is not None and two_axes and found[1 - rank_axis] == expected[1 - rank_axis]:
-        return f"{name}: adapter of rank {found[rank_axis]}, expected rank {expected[rank_axis]}"
-    return f"{name}: adapter tensor of shape {found}, expected {expected}"

@@ -85,10 +85,25 @@ def _run_line(kind: str, event: Mapping[str, Any]) -> str | None:
             f"{event['rounds']} rounds, {event['parameters']:,} trained parameters "
             f"({format_bytes(event['adapter_bytes'])})"
         )
+    if kind == "planned":
+        return printable(_plan_line(event), limit=2000)
     if kind == "run-finished":
         metrics = "".join(f", {name} {format_value(value)}" for name, value in event["metrics"].items())
         return printable(f"finished {event['rounds']} rounds in {format_seconds(event['seconds'])}{metrics}")
     return None
+
+
+def _plan_line(event: Mapping[str, Any]) -> str:
+    plans = sorted(event["nodes"].items(), key=lambda entry: natural_key(entry[0]))
+    parts = []
+    for name, plan in plans[:8]:
+        ranks = plan["ranks"].values()
+        low, high = min(ranks), max(ranks)
+        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        weights = f"{len(ranks)} of {len(event['weights'])} weights"
+        parts.append(f"{name}: {plan['bits']} bits, batch {plan['batch_size']}, {rank} on {weights}")
+    more = [f"and {len(plans) - 8} more"] if len(plans) > 8 else []
+    return f"round {event['round']}: {event['phase']} for {len(plans)} clients; {'; '.join(parts + more)}"
 
 
 def _round_line(history: RunHistory, record: RoundRecord) -> str | None:

@@ -111,6 +111,10 @@ class NodeDirectory:
                     self._register(node_id, reply)
         return sorted((self._known[i] for i in connected & self._known.keys()), key=lambda node: node.order)
 
+    def ask_again(self, node_ids: Iterable[int]) -> None:
+        """Ask known nodes for a new description; until it is here the old one holds, and nobody waits for it."""
+        self._ask(set(node_ids) & self._known.keys() - set(self._pending.values()))
+
     def name(self, node_id: int) -> str:
         """The name under which a node is known; its id if it never described itself."""
         return self._known[node_id].name if node_id in self._known else str(node_id)
@@ -157,11 +161,15 @@ class NodeDirectory:
         # Numeric names sort by number, so that client 10 does not stand between 1 and 2.
         number = int(name) if name.isdecimal() else 0
         order = (0 if name.isdecimal() else 1, number, name)
+        before = self._known.get(node_id)
         self._known[node_id] = NodeInfo(node_id, name, order, count, description)
+        if before is not None and before.description == description:
+            return  # it was asked again, and nothing has changed
         shown = {key.replace("-", "_"): description[key] for key in SHOWN if key in description}
         self._events.emit("node-joined", node=name, **shown)
 
     def _reject(self, node_id: int, name: str, reason: str) -> None:
         name, reason = printable(name)[:_MAX_NAME], printable(reason)[:_MAX_TEXT]
+        self._known.pop(node_id, None)
         self._rejected[node_id] = (f"node {name}: {reason}", time.monotonic())
         self._events.emit("node-rejected", node=name, reason=reason)

@@ -44,6 +44,14 @@ class NodeDrop:
     reason: str
 
 
+@dataclass(frozen=True)
+class NodeVerdict:
+    """What a defence made of a node's reply; the larger the score, the more it is trusted, NaN if there is none."""
+
+    kept: bool
+    score: float
+
+
 @dataclass
 class RoundRecord:
     """One round; ``seconds`` is ``None`` while it is open. Round 0 is the evaluation before any training."""
@@ -58,6 +66,7 @@ class RoundRecord:
     train_loss: float | None = None
     update_norm: float | None = None
     evaluations: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    verdicts: dict[str, NodeVerdict] = field(default_factory=dict)
     skip_reason: str | None = None
     seconds: float | None = None
 
@@ -129,3 +138,29 @@ class NodeInfo:
 
     device: str
     num_examples: int | None
+
+
+@dataclass(frozen=True)
+class NodeTask:
+    """What a node was told to do: bits of its base, batch size, and the rank of every weight that it adapts."""
+
+    bits: int
+    batch_size: int
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """A plan that holds from a round on, until the next one.
+
+    Attributes:
+        round: the first round that it holds for.
+        phase: what it is for, in the strategy's words.
+        weights: all weights that could be adapted, in the model's order.
+        nodes: by name.
+    """
+
+    round: int
+    phase: str
+    weights: tuple[str, ...]
+    nodes: Mapping[str, NodeTask]

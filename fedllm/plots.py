@@ -148,11 +148,21 @@ def write_png(panels: Sequence[Panel], path: Path, title: str) -> None:
 
 
 def svg(panel: Panel) -> str:
-    """An ``<svg>`` element without links or fonts of its own; its text and axes take the page's colour."""
+    """A panel as an ``<svg>`` element, see :func:`drawn_svg`."""
+    return drawn_svg(lambda axes: _draw(axes, panel), (3.9, 2.5))
+
+
+def drawn_svg(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
+    """An ``<svg>`` element without links or fonts of its own; its text and axes take the page's colour.
+
+    Args:
+        draw: draws into the axes that it gets.
+        size: width and height in inches.
+    """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.9, 2.5), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
-        _draw(figure.add_subplot(), panel)
+        draw(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

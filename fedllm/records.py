@@ -8,6 +8,7 @@ codec    ``stype``                   ``data``
 =======  ==========================  ==============================================================
 fp32     ``numpy.ndarray``           ``.npy`` bytes, readable by any Flower app
 fp16     ``numpy.ndarray``           the same in half precision
+raw      ``fedllm.raw``              little-endian fp32 without a header, for a handful of scalars
 bf16     ``fedllm.bf16``             little-endian 16-bit words
 int8     ``fedllm.int8``             one fp32 scale per row (dim 0), then int8 values
 =======  ==========================  ==============================================================
@@ -31,7 +32,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedllm.errors import ReplyError
 
-Codec = Literal["fp32", "bf16", "fp16", "int8"]
+Codec = Literal["fp32", "bf16", "fp16", "int8", "raw"]
 Tensors = Mapping[str, torch.Tensor]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -44,13 +45,50 @@ NUM_EXAMPLES = "num-examples"
 SERVER_ROUND, SEED, UPLOAD_CODEC = "server-round", "seed", "upload-codec"
 CLIENT, CLIENT_PARAMETERS = "client", "client-parameters"
 """Keys of a training message's configuration; the parameters are a JSON object."""
+OWNED = "owned"
+"""Key of a training message's configuration: names of the tensors that this client trains and returns."""
+DIRECTION = "direction"
+"""Array record of a training message: the server's last step, new adapter minus old."""
+FROZEN = "frozen"
+"""Array record of a message: factors of products that act beside the adapter and are not trained."""
+SCALARS = "jvps"
+"""Name of the array of a reply that carries projections of the gradient instead of tensors, ``[tangents]``."""
+ASK_IMPORTANCE, IMPORTANCE = "ask-importance", "importance"
+"""Key of a training message's configuration that asks for the importance of the adapted modules, and the array
+record of the reply that tells it."""
+ReplyKind = Literal["adapter", "gradient"]
+ADAPTER: ReplyKind = "adapter"
+GRADIENT: ReplyKind = "gradient"
+"""What the arrays of a training reply are: a client update says what it ``sends``, a strategy what it ``reads``."""
+HESSIAN_DIRECTION, HESSIAN_ROW = "hessian-direction", "hessian-row"
+"""Array records of a training message and its reply: a direction, in which absent tensors are zero, and the Hessian of
+the client's loss times it."""
+CORRECTION, MEAN_GRADIENT = "correction", "mean-gradient"
+"""Array records of a training message and its reply: what a client adds to its local gradients, and their mean
+without it."""
+NUM_TARGETS = "num-targets"
+"""Metric of a reply: how many predictions its loss and gradient are means over, for example label tokens."""
+ATTACK, ATTACK_PARAMETERS = "attack", "attack-parameters"
+"""Keys of a training message's configuration that order a simulated client to attack; the parameters are JSON."""
+SIMULATED = "simulated"
+"""Key of a node's description: whether it is one of Flower's simulated clients."""
+WORKERS = "workers"
+"""Key of a simulated node's description: how many clients the simulation can run at the same time."""
 MAX_EXAMPLES = 10**9
 """More examples than any client can train on in a round; a reply that claims more is refused."""
 
 _NUMPY, _BF16, _INT8, _DELTA = "numpy.ndarray", "fedllm.bf16", "fedllm.int8", "+delta"
+_RAW = "fedllm.raw"
+_EXACT = ("fp32", "raw")
 _MAX_HEADER = 512
-_STYPES = {"bfloat16": _BF16, "int8": _INT8}
-_CODEC_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+_STYPES = {"bfloat16": {_BF16}, "int8": {_INT8}, "float32": {_NUMPY, _RAW}}
+_CODEC_DTYPES = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "raw": "float32",
+}
 
 
 def encode(tensors: Tensors, codec: Codec = "fp32", reference: Tensors | None = None) -> ArrayRecord:
@@ -60,12 +98,12 @@ def encode(tensors: Tensors, codec: Codec = "fp32", reference: Tensors | None = 
         tensors: any floating dtype and device.
         codec: how values are stored.
         reference: tensors of the same keys and shapes that the receiver holds bit for bit; a lossy codec then
-            carries the difference to them. Ignored for fp32.
+            carries the difference to them. Ignored for fp32 and raw.
     """
     record: dict[str, Array] = {}
     for name, tensor in tensors.items():
         value = tensor.detach().to("cpu", torch.float32)
-        relative = reference is not None and codec != "fp32"
+        relative = reference is not None and codec not in _EXACT
         if relative:
             assert reference is not None
             value = value - reference[name].to("cpu", torch.float32)
@@ -94,6 +132,8 @@ def _encode_one(value: torch.Tensor, codec: Codec, relative: bool) -> Array:
         buffer = io.BytesIO()
         np.save(buffer, array, allow_pickle=False)
         return Array(str(array.dtype), shape, _NUMPY + suffix, buffer.getvalue())
+    if codec == "raw":
+        return Array("float32", shape, _RAW, value.contiguous().numpy().astype("<f4", copy=False).tobytes())
     if codec == "bf16":
         words = value.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
         return Array("bfloat16", shape, _BF16 + suffix, words.astype("<u2", copy=False).tobytes())
@@ -141,13 +181,16 @@ def _stored_values(name: str, array: Array) -> torch.Tensor:
         return _from_npy(name, array)
     count = math.prod(shape)
     rows = max(shape[0], 1) if len(shape) > 1 else 1
-    expected = {_BF16: 2 * count, _INT8: 4 * rows + count}.get(stype)
+    expected = {_RAW: 4 * count, _BF16: 2 * count, _INT8: 4 * rows + count}.get(stype)
     if expected is None:
         raise ReplyError(
-            f"{name!r} is encoded as {array.stype!r}, expected numpy.ndarray, fedllm.bf16 or fedllm.int8"
+            f"{name!r} is encoded as {array.stype!r}, expected numpy.ndarray, fedllm.raw, "
+            "fedllm.bf16 or fedllm.int8"
         )
     if any(side < 0 for side in shape) or len(array.data) != expected:
         raise ReplyError(f"{name!r} of shape {shape} has {len(array.data)} bytes, expected {expected}")
+    if stype == _RAW:
+        return torch.from_numpy(np.frombuffer(array.data, dtype="<f4").astype(np.float32)).reshape(shape)
     if stype == _BF16:
         words = np.frombuffer(array.data, dtype="<u2").astype(np.uint16)
         return torch.from_numpy(words).view(torch.bfloat16).reshape(shape)
@@ -236,7 +279,7 @@ def check_arrays(record: ArrayRecord, spec: ReplySpec) -> None:
             raise ReplyError(
                 f"{name!r} has dtype {array.dtype}, expected {' or '.join(sorted(expected.dtypes))}"
             )
-        if (stype := array.stype.removesuffix(_DELTA)) != _STYPES.get(array.dtype, _NUMPY):
+        if (stype := array.stype.removesuffix(_DELTA)) not in _STYPES.get(array.dtype, {_NUMPY}):
             raise ReplyError(f"{name!r} of dtype {array.dtype} is encoded as {stype!r}")
         stored = _stored_values(name, array)
         if tuple(stored.shape) != expected.shape:

@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from fedllm.config import RunConfig, Scalar, describe_validation_error, kebab
 from fedllm.errors import ConfigError, RegistryError
 
+INNER = "inner"
+"""The constructor argument of a defence or attack that holds the strategy around which it is put; not a key."""
+
 KINDS = ("strategies", "clients", "defences", "attacks", "sinks")
 
 
@@ -103,6 +106,8 @@ def parameters_model(cls: type[Any]) -> type[BaseModel]:
         for parameter in list(signature.parameters.values())[1:]:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 passes_on = True
+            elif parameter.name == INNER:
+                continue
             elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL and parameter.name not in fields:
                 annotation = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
                 default = ... if parameter.default is inspect.Parameter.empty else parameter.default
@@ -141,29 +146,33 @@ def check_parameters(kind: str, ref: str, parameters: Mapping[str, Scalar]) -> d
     return {known[key]: getattr(validated, known[key]) for key in parameters}
 
 
-def build(kind: str, ref: str, parameters: Mapping[str, Scalar], **given: Any) -> Any:
+def build(kind: str, ref: str, parameters: Mapping[str, Scalar], *inner: Any, **given: Any) -> Any:
     """Construct a plug-in from its configuration table.
 
     Args:
         kind: ``strategies``, ``clients``, ….
         ref: registered name or ``module:Class``.
         parameters: its table of the configuration.
+        inner: the strategy that a defence or attack is put around.
         given: further keywords from the framework; those that the constructor does not take are left out.
     """
     keywords = check_parameters(kind, ref, parameters)
     cls = load(kind, ref)
     accepted = parameters_model(cls).model_fields
-    return cls(**{name: value for name, value in given.items() if name in accepted} | keywords)
+    return cls(*inner, **{name: value for name, value in given.items() if name in accepted} | keywords)
 
 
 def check(config: RunConfig) -> None:
     """Check that what the configuration names exists, and all parameters of plug-ins, of unused ones too.
 
     Raises:
-        ConfigError: a wrong parameter, or codecs that the strategy cannot read.
+        ConfigError: a wrong parameter, or a client, codecs or an aggregation that the strategy cannot do.
         RegistryError: a plug-in that cannot be found or loaded.
     """
     used = {"strategies": config.strategy, "clients": config.client}
+    used |= {
+        kind: ref for kind, ref in (("defences", config.defence), ("attacks", config.attack)) if ref != "none"
+    }
     for kind, ref in used.items():
         check_parameters(kind, ref, config.plugins.get(parameter_table(ref), {}))
     for table in config.plugins.keys() - {parameter_table(ref) for ref in used.values()}:
@@ -171,7 +180,9 @@ def check(config: RunConfig) -> None:
             check_parameters(kind, table, config.plugins[table])
     for ref in config.run.sinks:
         load("sinks", ref)
+    _check_reply_kind(config)
     _check_codecs(config)
+    _check_aggregation(config)
 
 
 def _check_codecs(config: RunConfig) -> None:
@@ -187,7 +198,41 @@ def _check_codecs(config: RunConfig) -> None:
             )
 
 
+def _check_aggregation(config: RunConfig) -> None:
+    """Let the strategy itself say whether it can average adapters in the way that is wanted."""
+    wanted = {"aggregation": config.lora.aggregation, "client_ranks": config.lora.client_ranks}
+    if wanted == {"aggregation": "auto", "client_ranks": ()}:
+        return
+    if not wanted.keys() <= parameters_model(load("strategies", config.strategy)).model_fields.keys():
+        raise ConfigError(
+            "lora.aggregation and lora.client-ranks are for fedllm's strategies; "
+            f"{config.strategy!r} averages arrays of equal shapes only"
+        )
+    build("strategies", config.strategy, config.plugins.get(parameter_table(config.strategy), {}), **wanted)
+
+
+def _check_reply_kind(config: RunConfig) -> None:
+    """The client must send what the strategy reads: an adapter unless their classes say otherwise."""
+    from fedllm.records import ADAPTER  # needs torch, which a mere look-up does not wait for
+
+    sends = getattr(load("clients", config.client), "sends", ADAPTER)
+    reads = getattr(load("strategies", config.strategy), "reads", ADAPTER)
+    if sends == reads:
+        return
+    fitting = [
+        name for name in available("clients") if getattr(load("clients", name), "sends", ADAPTER) == reads
+    ]
+    raise ConfigError(
+        f"client: {config.client!r} sends its {sends}, but the strategy {config.strategy!r} reads each client's "
+        f"{reads}; set client to one of {', '.join(fitting)}"
+    )
+
+
 def config_from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
     """:class:`RunConfig` from Flower's flat mapping, with the tables of all plug-ins in sight."""
-    own = {parameter_table(ref) for key in ("strategy", "client") if ":" in (ref := str(flat.get(key, "")))}
+    own = {
+        parameter_table(ref)
+        for key in ("strategy", "client", "defence", "attack")
+        if ":" in (ref := str(flat.get(key, "")))
+    }
     return RunConfig.from_flat(flat, plugin_names() | own)

@@ -21,7 +21,9 @@ from fedllm.events import read_events
 from fedllm.history import RunHistory
 from fedllm.narration import format_bytes, format_seconds, format_value, natural_key
 from fedllm.outcomes import RoundRecord
+from fedllm.plan_plot import plan_pictures
 from fedllm.plots import Panel, comparison_panels, run_panels, svg, write_png
+from fedllm.verdict_plot import verdict_picture
 
 EVENTS_FILE = "events.jsonl"
 CONFIG_FILE = "config.json"
@@ -95,6 +97,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 def _write_run(history: RunHistory, folder: Path, page: Path) -> None:
     write_metrics_csv(history, folder / "metrics.csv")
     panels = run_panels(history)
+    judged = verdict_picture(history.ordered_rounds)
     if panels:
         write_png(panels, folder / "curves.png", f"{history.name} ({history.strategy})")
     html = (
@@ -105,6 +108,8 @@ def _write_run(history: RunHistory, folder: Path, page: Path) -> None:
             history=history,
             figures=_headline_figures(history),
             pictures=_pictures(panels),
+            plans=[(text, Markup(drawing)) for text, drawing in plan_pictures(history.plans)],
+            verdicts=None if judged is None else (judged[0], Markup(judged[1])),
             settings=_settings(history.config),
             metrics=[(where, name) for where in _PLACES for name in history.metric_names(where)],
             nodes=sorted(history.node_totals().values(), key=lambda total: natural_key(total.name)),

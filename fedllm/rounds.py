@@ -23,6 +23,7 @@ from fedllm.exchange import Exchange, ExchangeStats, LoopOptions, QuorumError
 from fedllm.nodes import NodeDirectory
 from fedllm.records import NUM_EXAMPLES, check_reply, decode, only_arrays, only_metrics, records_of, spec_of
 from fedllm.strategy import BaseStrategy
+from fedllm.wrapper import StrategyWrapper, core_of, layers_of
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 AfterRound = Callable[[int, ArrayRecord, Result], None]
@@ -97,6 +98,7 @@ class _RoundLoop:
         after_round: AfterRound | None,
     ) -> None:
         self.strategy = strategy
+        self.core = core_of(strategy)
         self.grid = grid
         self.train_config = train_config
         self.evaluate_config = evaluate_config
@@ -158,7 +160,7 @@ class _RoundLoop:
             self.stale |= exchange.unanswered
         self.failed_in_a_row = 0
         if new_arrays is None:
-            self.events.emit("round-skipped", round=server_round, reason="the strategy returned no arrays")
+            self.events.emit("round-skipped", round=server_round, reason=_why_nothing(self.strategy))
             return None
         if metrics is not None:
             self.result.train_metrics_clientapp[server_round] = metrics
@@ -212,14 +214,20 @@ class _RoundLoop:
     # --------------------------------------------------------------- helpers
 
     def _update_nodes(self) -> None:
+        if isinstance(self.core, BaseStrategy):
+            self.directory.ask_again(self.core.outdated)
+            self.core.outdated = set()
         nodes = self.directory.refresh()
-        if isinstance(self.strategy, BaseStrategy):
+        if isinstance(self.core, BaseStrategy):
             # A node that is away costs its reply, not the run; without any node there is nothing to do but wait.
-            self.strategy.nodes = nodes or self.directory.wait_for(1)
+            nodes = nodes or self.directory.wait_for(1)
         else:
             # Flower's own sampling would wait for these without bound.
-            wanted = [getattr(self.strategy, name, 1) for name in ("min_available_nodes", "min_train_nodes")]
-            self.directory.wait_for(max(*wanted, 1))
+            wanted = [getattr(self.core, name, 1) for name in ("min_available_nodes", "min_train_nodes")]
+            nodes = self.directory.wait_for(max(*wanted, 1))
+        for layer in layers_of(self.strategy):
+            if isinstance(layer, BaseStrategy | StrategyWrapper):
+                layer.nodes = nodes
         for message_id in sorted(self.stale):
             # Answers that came after their round closed are fetched once, so that Flower can forget them.
             if list(self.grid.pull_messages([message_id])):
@@ -237,23 +245,23 @@ class _RoundLoop:
         )
 
     def _replies(self, exchange: Exchange) -> Iterator[Message]:
-        return iter(exchange) if isinstance(self.strategy, BaseStrategy) else _with_common_metrics(exchange)
+        return iter(exchange) if isinstance(self.core, BaseStrategy) else _with_common_metrics(exchange)
 
     def _check_train_reply(self, reply: Message, sent: Message) -> None:
-        if isinstance(self.strategy, BaseStrategy):
-            check_reply(reply, self.strategy.reply_spec(sent), self._weight_key)
+        if isinstance(self.core, BaseStrategy):
+            self.core.check_train_reply(reply, sent)
         else:
             check_reply(reply, spec_of(only_arrays(sent)), self._weight_key)
             self._check_for_stock(reply, sent)
 
     def _check_evaluate_reply(self, reply: Message, sent: Message) -> None:
         check_reply(reply, None, self._weight_key)
-        if not isinstance(self.strategy, BaseStrategy):
+        if not isinstance(self.core, BaseStrategy):
             self._check_for_stock(reply, None)
 
     @property
     def _weight_key(self) -> str:
-        return str(getattr(self.strategy, "weighted_by_key", NUM_EXAMPLES))
+        return str(getattr(self.core, "weighted_by_key", NUM_EXAMPLES))
 
     def _check_for_stock(self, reply: Message, sent: Message | None) -> None:
         """Refuse a reply at whose form Flower's own strategies would raise."""
@@ -365,6 +373,12 @@ def _with_common_metrics(exchange: Exchange) -> Iterator[Message]:
             exchange.withdraw(reply, f"the metrics are {list(form)}, most replies have {list(expected)}")
     exchange.require_quorum()
     yield from (reply for reply, form in zip(replies, forms, strict=True) if form == expected)
+
+
+def _why_nothing(strategy: Strategy) -> str:
+    """Why a strategy kept the model as it is, if it says so."""
+    reasons = [layer.skip_reason for layer in layers_of(strategy) if isinstance(layer, StrategyWrapper)]
+    return next(filter(None, reasons), "the strategy returned no arrays")
 
 
 def _records(history: Mapping[str, Any]) -> dict[int, MetricRecord]:

@@ -22,6 +22,7 @@ from fedllm.errors import ConfigError
 from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
 from fedllm.exchange import LoopOptions
 from fedllm.generation import check_generation, generation_metrics
+from fedllm.hostile import HostileClients, LoneAttack
 from fedllm.models import ModelBundle, load_bundle
 from fedllm.outcomes import HEADLINE_METRICS
 from fedllm.records import (
@@ -36,7 +37,10 @@ from fedllm.records import (
 )
 from fedllm.report import write_report
 from fedllm.rounds import run_rounds
+from fedllm.sinks import PlanSink
+from fedllm.strategy import BaseStrategy
 from fedllm.tasks import get_task
+from fedllm.wrapper import StrategyWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
     """Run a federated fine-tuning from Flower's flat configuration.
 
     Leaves ``<run.root>/<run.name>/`` with ``config.json``, ``events.jsonl``, ``checkpoints/``, ``adapter/``, ``best/``,
-    ``metrics.csv``, ``curves.png`` and ``report.html``.
+    ``metrics.csv``, ``curves.png`` and ``report.html``; and with ``plan.json`` where the strategy plans.
 
     Raises:
         FedLLMError: bad configuration or data before work starts; later, a run that cannot go on.
@@ -115,7 +119,7 @@ def _checkpoints(folder: Path, config: RunConfig) -> CheckpointStore:
 
 def _sinks(config: RunConfig, folder: Path) -> list[EventSink]:
     further = [registry.load("sinks", name)(folder) for name in config.run.sinks]
-    return [JsonlSink(folder / "events.jsonl"), LogSink(), *further]
+    return [JsonlSink(folder / "events.jsonl"), LogSink(), PlanSink(folder), *further]
 
 
 class _Run:
@@ -132,8 +136,18 @@ class _Run:
         self.test = test_examples(config, self.bundle.tokenizer) if config.server.evaluate_every else None
 
     def execute(self) -> Result:
-        config = self.config
         strategy = self._strategy()
+        ours = strategy if isinstance(strategy, BaseStrategy | StrategyWrapper) else None
+        try:
+            if ours is not None:
+                ours.prepare(self.config, self.bundle, self.events)
+            return self._train(strategy)
+        finally:
+            if ours is not None:
+                ours.close()
+
+    def _train(self, strategy: Strategy) -> Result:
+        config = self.config
         initial = encode(self.bundle.initial_state)
         self.events.emit(
             "run-started",
@@ -179,13 +193,44 @@ class _Run:
             min_available_nodes=config.server.min_nodes,
             seed=config.seed,
             download_codec=config.wire.download_codec,
+            aggregation=config.lora.aggregation,
+            client_ranks=config.lora.client_ranks,
+            accumulator_rank=config.lora.accumulator_rank,
         )
         if not isinstance(strategy, Strategy):
             raise ConfigError(
                 f"strategy: {config.strategy!r} is a {type(strategy).__name__}, expected a "
                 "flwr.serverapp.strategy.Strategy"
             )
-        return strategy
+        return self._attacked(self._defended(strategy))
+
+    def _defended(self, strategy: Strategy) -> Strategy:
+        config = self.config
+        if config.defence == "none":
+            return strategy
+        parameters = config.plugins.get(registry.parameter_table(config.defence), {})
+        guarded = registry.build("defences", config.defence, parameters, strategy, seed=config.seed)
+        if not isinstance(guarded, StrategyWrapper):
+            raise ConfigError(
+                f"defence: {config.defence!r} is a {type(guarded).__name__}, expected a StrategyWrapper"
+            )
+        return guarded
+
+    def _attacked(self, strategy: Strategy) -> Strategy:
+        """The strategy as hostile clients leave it; without an attack it is the strategy itself."""
+        config = self.config
+        if config.attack == "none":
+            return strategy
+        parameters = config.plugins.get(registry.parameter_table(config.attack), {})
+        who = {
+            "fraction": config.attack_fraction,
+            "from_round": config.attack_from_round,
+            "seed": config.seed,
+        }
+        if issubclass(registry.load("attacks", config.attack), HostileClients):
+            colluders: Strategy = registry.build("attacks", config.attack, parameters, strategy, **who)
+            return colluders
+        return LoneAttack(strategy, attack=config.attack, parameters=json.dumps(parameters), **who)
 
     def _train_config(self) -> ConfigRecord:
         config = self.config
@@ -218,7 +263,7 @@ class _Run:
         if server_round % self.config.server.evaluate_every and not last:
             return None
         assert self.test is not None
-        self.bundle.load_adapter_state(decode(arrays))
+        self.bundle.load_adapter_state(decode(arrays), any_ranks=True)
         metrics = self.task.evaluate(
             self.bundle.model,
             self.test,

@@ -141,11 +141,22 @@ def simulate(job: Job, console: Console, *, quiet: bool = False) -> int:
 def federation_config(config: RunConfig) -> dict[str, int | float]:
     """What ``flwr run --federation-config`` needs to know."""
     simulation = config.simulation
-    return {
+    told: dict[str, int | float] = {
         "num-supernodes": simulation.clients,
         "client-resources-num-cpus": simulation.cpus_per_client,
         "client-resources-num-gpus": simulation.gpus_per_client,
     }
+    if (needed := clients_at_once(config) * simulation.cpus_per_client) > (os.cpu_count() or 1):
+        # Flower takes no fraction of a CPU for a client, but a number of CPUs for Ray to count with.
+        told["init-args-num-cpus"] = needed
+    return told
+
+
+def clients_at_once(config: RunConfig) -> int:
+    """Clients that must run at the same time because they train with each other; 0: any number will do."""
+    if not getattr(registry.load("strategies", config.strategy), "trains_at_once", False):
+        return 0
+    return max(int(config.simulation.clients * config.server.fraction_train), 1)
 
 
 def print_plan(job: Job, data: DataSummary, console: Console) -> None:
@@ -171,15 +182,20 @@ def print_plan(job: Job, data: DataSummary, console: Console) -> None:
 def placement(config: RunConfig, cpus: int, gpus: int) -> str:
     """How many clients run at a time, and what each of them gets."""
     simulation = config.simulation
-    fitting = cpus // simulation.cpus_per_client
+    fitting, at_once = cpus // simulation.cpus_per_client, clients_at_once(config)
     share = f"{simulation.cpus_per_client} of {cpus} CPUs"
+    if fitting < at_once:
+        fitting, share = at_once, f"{cpus / at_once:.2g} of {cpus} CPUs"
     if simulation.gpus_per_client > 0:
-        # Ray packs shares of a GPU, but never splits a client's share over two.
-        per_gpu = int(1 / simulation.gpus_per_client + 1e-9)
-        on_gpus = gpus * per_gpu if per_gpu else int(gpus / simulation.gpus_per_client)
-        fitting = min(fitting, on_gpus)
+        fitting = min(fitting, _gpu_places(simulation.gpus_per_client, gpus))
         share += f" and {simulation.gpus_per_client:g} of {gpus} GPUs"
     return f"{min(fitting, simulation.clients)} of {simulation.clients} clients at a time, {share} each"
+
+
+def _gpu_places(share: float, gpus: int) -> int:
+    """Clients that get their share of a GPU: Ray packs shares, but never splits one over two GPUs."""
+    per_gpu = int(1 / share + 1e-9)
+    return gpus * per_gpu if per_gpu else int(gpus / share)
 
 
 def _gpus() -> int:
@@ -211,6 +227,18 @@ def _check_simulation(config: RunConfig) -> None:
         raise ConfigError(
             f"simulation.gpus-per-client is {simulation.gpus_per_client:g}, but torch sees {gpus} CUDA devices; "
             "`fedllm doctor` says more"
+        )
+    _check_at_once(config)
+
+
+def _check_at_once(config: RunConfig) -> None:
+    """CPUs can be shared by clients that train with each other, a GPU's memory cannot."""
+    at_once, share = clients_at_once(config), config.simulation.gpus_per_client
+    if share > 0 and at_once > (fitting := _gpu_places(share, _gpus())):
+        raise ConfigError(
+            f"{config.strategy} trains {at_once} clients of a round together, but with "
+            f"simulation.gpus-per-client = {share:g} only {fitting} run at a time; set it to "
+            f"1/{-(-at_once // max(_gpus(), 1))} or less, or lower server.fraction-train"
         )
 
 

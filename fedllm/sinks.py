@@ -1,4 +1,4 @@
-"""Event sinks that need an extra package.
+"""Event sinks for a purpose: the newest plan as a file of its own, and TensorBoard (an extra package).
 
 A user's own sink is a class registered in the entry-point group ``fedllm.sinks``. It is constructed with the
 run's folder and has the methods of :class:`fedllm.events.EventSink`.
@@ -6,12 +6,31 @@ run's folder and has the methods of :class:`fedllm.events.EventSink`.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedllm.errors import FedLLMError
 from fedllm.history import RunHistory
+
+
+class PlanSink:
+    """Keeps the plan that holds, of a strategy that plans, in ``<run folder>/plan.json``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "plan.json"
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Replace the file whole when there is a new plan."""
+        if event["event"] == "planned":
+            new = self._path.with_suffix(".json.new")
+            new.write_text(json.dumps(dict(event), indent=1) + "\n", encoding="utf-8")
+            os.replace(new, self._path)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class TensorBoardSink:

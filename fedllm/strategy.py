@@ -3,6 +3,7 @@
 ``start`` runs the round loop of :mod:`fedllm.rounds`; everything else follows Flower's interface, so a strategy can be
 dropped into any ServerApp. A method overrides as little as it needs:
 
+* :meth:`BaseStrategy.prepare` – what it must know of the run,
 * :meth:`BaseStrategy.select` – whom to ask,
 * :meth:`BaseStrategy.arrays_for` and :meth:`BaseStrategy.config_for` – what each client gets,
 * :meth:`BaseStrategy.accumulator` – how replies are folded,
@@ -15,7 +16,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -23,16 +24,23 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 
-from fedllm.accumulate import Accumulator, MetricsMean, Reply, WeightedMean
-from fedllm.errors import PlanError
+from fedllm.accumulate import Accumulator, MetricsMean, Reply
+from fedllm.aggregation import AdapterAggregation, leading
+from fedllm.config import AggregationName, RankList, RunConfig
+from fedllm.errors import ConfigError, PlanError
+from fedllm.events import EventBus
 from fedllm.nodes import NodeInfo
 from fedllm.records import (
+    ADAPTER,
+    FROZEN,
     NUM_EXAMPLES,
     SERVER_ROUND,
     UPLOAD_CODEC,
     Codec,
+    ReplyKind,
     ReplySpec,
     check_num_examples,
+    check_reply,
     decode,
     encode,
     encode_like,
@@ -43,6 +51,9 @@ from fedllm.records import (
     spec_of,
 )
 from fedllm.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedllm.models import ModelBundle
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +95,18 @@ class BaseStrategy(Strategy):
         seed: seed of the sampling; the same seed asks the same clients in the same rounds.
         download_codec: how the global adapter travels to the clients.
         server_optimizer: what becomes of the folded replies; None: they are the next global adapter.
+        aggregation: how adapters are averaged, see :mod:`fedllm.aggregation`.
+        client_ranks: ranks of the clients in turn; empty: all have the global adapter's.
+        accumulator_rank: largest rank of a product that the server keeps between rounds; 0: no limit.
+
+    Raises:
+        ConfigError: an aggregation that this strategy, or its server optimiser, does not go with.
     """
+
+    reads: ClassVar[ReplyKind] = ADAPTER
+    """What the arrays of a reply must be; a client update that sends something else is refused before the run."""
+    plans_ranks: ClassVar[bool] = False
+    """Whether clients of this strategy hold adapters of several forms: then ``auto`` is ``exact``."""
 
     def __init__(
         self,
@@ -100,7 +122,14 @@ class BaseStrategy(Strategy):
         seed: int = 0,
         download_codec: Codec = "fp32",
         server_optimizer: ServerOptimizer | None = None,
+        aggregation: AggregationName = "auto",
+        client_ranks: RankList = (),
+        accumulator_rank: Count = 0,
     ) -> None:
+        self._check_own_ways(aggregation, client_ranks)
+        if aggregation == "auto" and self.plans_ranks:
+            aggregation = "exact"
+        self.adapters = AdapterAggregation(aggregation, client_ranks, accumulator_rank, server_optimizer)
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.min_train_nodes = min_train_nodes
@@ -113,11 +142,42 @@ class BaseStrategy(Strategy):
         self.download_codec: Codec = download_codec
         self.server_optimizer = server_optimizer
         self.nodes: Sequence[NodeInfo] = ()
+        self.outdated: set[int] = set()
         self._current: dict[str, torch.Tensor] = {}
         self._dtypes: dict[str, str] = {}
         self._sent: dict[int, ArrayRecord] = {}
+        self._offered: dict[str, torch.Tensor] = {}
+        self._at_rank: dict[int, ArrayRecord] = {}
+
+    def _check_own_ways(self, aggregation: AggregationName, client_ranks: Sequence[int]) -> None:
+        """A method that folds replies, or deals arrays, in a way of its own has no use for the switch."""
+        cls = type(self)
+        for key, value, hook in (
+            ("lora.aggregation", "" if aggregation == "auto" else aggregation, "accumulator"),
+            ("lora.client-ranks", client_ranks, "accumulator"),
+            ("lora.client-ranks", client_ranks, "arrays_for"),
+        ):
+            if value and getattr(cls, hook) is not getattr(BaseStrategy, hook):
+                raise ConfigError(
+                    f"{key} is {value}, but {cls.__name__} has a way of its own; leave it unset"
+                )
 
     # ------------------------------------------------------------------ plan
+
+    def prepare(self, config: RunConfig, bundle: ModelBundle, events: EventBus) -> None:
+        """Take what a fedllm run knows beforehand, once, before the first round; by default nothing is needed.
+
+        Args:
+            config: of the run.
+            bundle: the server's model with its initial adapter.
+            events: where the strategy may tell what it does.
+
+        Raises:
+            FedLLMError: the strategy cannot do this run.
+        """
+
+    def close(self) -> None:
+        """Give back what the strategy holds besides memory; called once, after the last round or a failure."""
 
     def connected(self, grid: Grid) -> Sequence[NodeInfo]:
         """The nodes to choose from: those that the round loop described, else whatever the grid knows."""
@@ -132,8 +192,13 @@ class BaseStrategy(Strategy):
         return [nodes[index] for index in sorted(chosen)]
 
     def arrays_for(self, node: NodeInfo, arrays: ArrayRecord) -> ArrayRecord:
-        """The arrays that a client gets; ``arrays`` is the encoded global adapter."""
-        return arrays
+        """The arrays that a client gets: ``arrays``, the encoded global adapter, or its leading ranks."""
+        rank = self.adapters.ranks.of(node)
+        if rank is None:
+            return arrays
+        if rank not in self._at_rank:
+            self._at_rank[rank] = encode(leading(self._offered, rank), self.download_codec)
+        return self._at_rank[rank]
 
     def config_for(self, node: NodeInfo, config: ConfigRecord) -> ConfigRecord:
         """The configuration that a client gets; return a copy to change it for one client."""
@@ -182,8 +247,17 @@ class BaseStrategy(Strategy):
             raise PlanError(f"round {server_round}: no node is connected")
         chosen = self.select(server_round, nodes, max(int(len(nodes) * fraction), minimum), kind)
         config[SERVER_ROUND] = server_round
-        encoded = arrays if self.download_codec == "fp32" else encode(decode(arrays), self.download_codec)
-        self._sent = {}
+        self.adapters.ranks.see(nodes)
+        self._sent, self._at_rank, self._offered = {}, {}, decode(arrays)
+        encoded = arrays
+        extras: dict[str, ArrayRecord] = {}
+        if self.adapters.name == "stack":
+            extras[FROZEN] = encode(self.adapters.frozen(self._offered), self.download_codec)
+            self._offered = self.adapters.fresh(
+                self._offered, derive_seed(self.seed, server_round, "adapter")
+            )
+        if self.download_codec != "fp32" or self.adapters.name == "stack":
+            encoded = encode(self._offered, self.download_codec)
         messages, contents = [], dict[tuple[int, int], RecordDict]()
         for node in chosen:
             own_arrays, own_config = self.arrays_for(node, encoded), self.config_for(node, config)
@@ -191,7 +265,13 @@ class BaseStrategy(Strategy):
             # Clients with the same payload share one content, which is then stored and hashed once.
             content = contents.setdefault(
                 (id(own_arrays), id(own_config)),
-                RecordDict({self.arrayrecord_key: own_arrays, self.configrecord_key: own_config}),
+                RecordDict(
+                    {
+                        self.arrayrecord_key: own_arrays,
+                        self.configrecord_key: own_config,
+                        **{name: _within(record, own_arrays) for name, record in extras.items()},
+                    }
+                ),
             )
             messages.append(
                 Message(content, dst_node_id=node.node_id, message_type=kind, group_id=str(server_round))
@@ -205,6 +285,14 @@ class BaseStrategy(Strategy):
         config = records_of(sent, ConfigRecord).get(self.configrecord_key, ConfigRecord())
         return spec_of(only_arrays(sent), config.get(UPLOAD_CODEC))  # type: ignore[arg-type]
 
+    def check_train_reply(self, reply: Message, sent: Message) -> None:
+        """Refuse a training reply that must not be folded in; extend this for further records of a method.
+
+        Raises:
+            ReplyError: the first thing that is wrong; the reply is dropped and its node is named.
+        """
+        check_reply(reply, self.reply_spec(sent), self.weighted_by_key)
+
     def open_reply(self, message: Message) -> Reply:
         """Decode a reply that has passed :func:`fedllm.records.check_reply`."""
         metrics = only_metrics(message)
@@ -215,11 +303,12 @@ class BaseStrategy(Strategy):
         name = next((node.name for node in self.nodes if node.node_id == node_id), str(node_id))
         numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
         weight = check_num_examples(metrics, self.weighted_by_key)
-        return Reply(name, weight, decode(record, reference), numbers, message.content)
+        sent = self._sent.get(node_id, ArrayRecord())
+        return Reply(name, weight, decode(record, reference), numbers, message.content, sent)
 
     def accumulator(self) -> Accumulator:
         """A fresh accumulator for a round."""
-        return WeightedMean()
+        return self.adapters.accumulator(self._current)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -255,14 +344,17 @@ class BaseStrategy(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later rounds depend on besides the global arrays."""
-        return (
-            {} if self.server_optimizer is None else {"server-optimizer": self.server_optimizer.state_dict()}
-        )
+        parts = {
+            "server-optimizer": {} if self.server_optimizer is None else self.server_optimizer.state_dict(),
+            "adapters": self.adapters.state_dict(),
+        }
+        return {name: part for name, part in parts.items() if part}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         if self.server_optimizer is not None:
-            self.server_optimizer.load_state_dict(state["server-optimizer"])
+            self.server_optimizer.load_state_dict(state.get("server-optimizer", {}))
+        self.adapters.load_state_dict(state.get("adapters", {}))
 
     def settings(self) -> dict[str, object]:
         """What :meth:`summary` prints, by name."""
@@ -270,6 +362,7 @@ class BaseStrategy(Strategy):
             "fraction_train": self.fraction_train,
             "fraction_evaluate": self.fraction_evaluate,
             "server_optimizer": "none" if self.server_optimizer is None else repr(self.server_optimizer),
+            "aggregation": self.adapters.name,
             "download_codec": self.download_codec,
             "seed": self.seed,
         }
@@ -306,3 +399,10 @@ class BaseStrategy(Strategy):
             evaluate_fn=evaluate_fn,
             options=options,
         )
+
+
+def _within(record: ArrayRecord, held: ArrayRecord) -> ArrayRecord:
+    """The arrays of a record that belong to modules which a client holds."""
+    if record.keys() <= held.keys():
+        return record
+    return ArrayRecord({name: array for name, array in record.items() if name in held})

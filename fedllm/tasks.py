@@ -298,6 +298,29 @@ def macro_f1(labels: Tensor, predictions: Tensor) -> float:
     return float((2.0 * correct[present].double() / occurring[present]).mean())
 
 
+def loss_of_logits(task: Task, logits: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """The task's loss where the logits of a batch are already there, as in split learning.
+
+    Args:
+        task: whose loss.
+        logits: of the model's head, ``[batch, classes]`` or ``[batch, length, vocabulary]``.
+        mask: attention mask ``[batch, length]``.
+        labels: ``[batch]`` or ``[batch, length]``.
+    """
+    return task.loss(_Answered(logits), {"input_ids": mask, "attention_mask": mask, "labels": labels})
+
+
+class _Answered(nn.Module):
+    """A model that has already run."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, **_inputs: Any) -> _Answered:
+        return self
+
+
 def _class_logits(model: nn.Module, batch: Batch) -> Tensor:
     logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits.float()

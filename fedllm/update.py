@@ -27,6 +27,9 @@ class TrainJob:
         round: server round, from 1.
         node: the client's name, for messages.
         start: the adapter as it was sent; read-only.
+        owned: names of the tensors to train and return; empty: all that are trainable.
+        inputs: further array records of the message by name, for example the server's last step.
+        ask_importance: also report how important each adapted module is, where the rule can tell.
     """
 
     bundle: ModelBundle
@@ -37,6 +40,9 @@ class TrainJob:
     round: int
     node: str
     start: Mapping[str, torch.Tensor]
+    owned: tuple[str, ...] = ()
+    inputs: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    ask_importance: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,4 +69,12 @@ class ClientUpdate(Protocol):
 
     def run(self, job: TrainJob) -> TrainResult:
         """Train on the client's examples and return what is sent to the server."""
+        ...
+
+
+class Attack(Protocol):
+    """What a hostile client does instead of training honestly, in simulations only."""
+
+    def run(self, update: ClientUpdate, job: TrainJob) -> TrainResult:
+        """What the client sends; ``update`` is the rule that an honest client runs on the job."""
         ...

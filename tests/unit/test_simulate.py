@@ -13,7 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from fedllm import simulate, superlink, watch
+from fedllm import registry, simulate, superlink, watch
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, RegistryError
 from fedllm.events import EventBus, JsonlSink
@@ -153,6 +153,25 @@ def test_flower_learns_of_clients_and_their_resources():
 def test_how_many_clients_fit_at_a_time(cpus_per_client, gpus_per_client, cpus, gpus, expected):
     flat = {"simulation.cpus-per-client": cpus_per_client, "simulation.gpus-per-client": gpus_per_client}
     assert placement(RunConfig.from_flat(flat), cpus, gpus).startswith(f"{expected} of 10 clients at a time")
+
+
+def test_clients_that_train_with_each_other_all_get_a_worker(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    flat = {"strategy": "hsplitlora", "simulation.clients": 10, "server.fraction-train": 0.5}
+    config = registry.config_from_flat(flat)
+    assert federation_config(config)["init-args-num-cpus"] == 5
+    assert placement(config, 2, 0) == "5 of 10 clients at a time, 0.4 of 2 CPUs each"
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert "init-args-num-cpus" not in federation_config(config)
+    assert placement(config, 8, 0).startswith("8 of 10")
+
+
+def test_a_gpu_without_room_for_clients_that_train_with_each_other_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("fedllm.simulate._gpus", lambda: 1)
+    together = ['strategy="hsplitlora"', "simulation.clients=5"]
+    with pytest.raises(ConfigError, match=r"trains 5 clients .* only 4 run at a time; set it to 1/5 or less"):
+        prepare(folder, [*together, "simulation.gpus-per-client=0.25"])
+    prepare(folder, [*together, "simulation.gpus-per-client=0.2"])
 
 
 # -- while it runs ---------------------------------------------------------------------------------------------------

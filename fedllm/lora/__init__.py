@@ -1,0 +1,1 @@
+"""Adapter algebra in plain torch: products of LoRA factors, their exact sums, compression, importance and budgets."""
