@@ -112,7 +112,8 @@ class ReplyFilter(StrategyWrapper):
             verdict = self.judge(server_round, cohort)
             self._tell(server_round, cohort, verdict)
             if not bool((verdict.factors != 0).any()):
-                self.skip_reason = f"{type(self).__name__} rejected all {len(cohort.clients)} replies; the model stays as it was"
+                rejected = f"{type(self).__name__} rejected all {len(cohort.clients)} replies"
+                self.skip_reason = f"{rejected}; the model stays as it was"
                 return None, None
             return self.inner.aggregate_train(server_round, self._kept(spool, verdict.factors.tolist()))
 
