@@ -104,7 +104,7 @@ def adapted_linear(module: nn.Module) -> Forward | None:
         dtype = getattr(base, "compute_dtype", None) or x.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
         x = x.to(dtype)
-        output: Tensor = AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = AdaptedLinear.apply(
             x,
             layer.lora_dropout[name](x),
             layer.lora_A[name].weight,

@@ -71,7 +71,7 @@ def chunked_attention(
             some = slice(row, row + rows), slice(column, column + columns)
             parts.append(
                 _attend(
-                    query.unflatten(1, (-1, groups))[some],
+                    torch.unflatten(query, 1, (-1, groups))[some],
                     key[some].unsqueeze(2),
                     value[some].unsqueeze(2),
                     _mask_of(attention_mask, some, groups),
@@ -89,7 +89,7 @@ def _mask_of(mask: Tensor | None, some: tuple[slice, slice], groups: int) -> Ten
     if mask is None:
         return None
     own = mask[some[0]] if mask.shape[0] > 1 else mask
-    return own.unsqueeze(2) if own.shape[1] == 1 else own.unflatten(1, (-1, groups))[:, some[1]]
+    return own.unsqueeze(2) if own.shape[1] == 1 else torch.unflatten(own, 1, (-1, groups))[:, some[1]]
 
 
 def _attend(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,16 +82,16 @@ def _derivatives(objective: Objective, point: Tensors, group: Sequence[Tensors])
     if len(group) == 1:
         # Faster than torch.func, whose layers of transforms are needed for vmap only.
         with forward_ad.dual_level():
-            dual = objective({name: forward_ad.make_dual(v, group[0][name]) for name, v in point.items()})
-            value, slope = forward_ad.unpack_dual(dual)
+            make, unpack = cast(Any, forward_ad.make_dual), cast(Any, forward_ad.unpack_dual)
+            value, slope = unpack(objective({name: make(v, group[0][name]) for name, v in point.items()}))
             return value, value.new_zeros(1) if slope is None else slope.reshape(1)
 
     def along(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        value, slope = torch.func.jvp(objective, (dict(point),), (tangent,))
+        value, slope = cast(Any, torch.func.jvp)(objective, (dict(point),), (tangent,))
         return value, slope
 
     stacked = {name: torch.stack([tangent[name] for tangent in group]) for name in point}
-    value, slopes = torch.vmap(along, out_dims=(None, 0), randomness="same")(stacked)
+    value, slopes = cast(Any, torch.vmap)(along, out_dims=(None, 0), randomness="same")(stacked)
     return value, slopes
 
 

@@ -35,7 +35,8 @@ class FrozenLayerNorm(torch.autograd.Function):
     def jvp(ctx: Any, x: Tensor, *_: None) -> Tensor:
         """Tangent of the output."""
         point, weight = ctx.saved_tensors
-        return (_project(x, point, ctx.eps) * weight).to(point.dtype)
+        tangent: Tensor = _project(x, point, ctx.eps) * weight
+        return tangent.to(point.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

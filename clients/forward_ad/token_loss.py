@@ -51,7 +51,7 @@ def token_loss(model: nn.Module, output: nn.Module, batch: Batch) -> Tensor:
     rows, targets = captured.pop()[:, :-1][unmasked], targets[unmasked]
     at_once = max(1, _LOGITS // _vocabulary(output))
     total = rows.new_zeros((), dtype=torch.float32)
-    for some, wanted in zip(rows.split(at_once), targets.split(at_once), strict=True):
+    for some, wanted in zip(torch.split(rows, at_once), torch.split(targets, at_once), strict=True):
         total = total + F.cross_entropy(output(some).float(), wanted, reduction="sum")
     return total / len(targets)
 

@@ -76,7 +76,8 @@ def perturbation(honest: Tensor, direction: Direction) -> Tensor:
         vector = -mean.sign()
     else:
         vector = -mean
-    return vector / vector.norm().clamp_min(1e-12)
+    unit: Tensor = vector / vector.norm().clamp_min(1e-12)
+    return unit
 
 
 def min_max(honest: Tensor, direction: Direction = "unit") -> Tensor:

@@ -93,7 +93,7 @@ class ColludingAttack(HostileClients):
     def _replace(self, message: Message, update: Tensor) -> None:
         record, sent = only_arrays(message), self._current[message.metadata.src_node_id]
         shapes = {name: array.shape for name, array in record.items()}
-        pieces = update.split([math.prod(shape) for shape in shapes.values()])
+        pieces = torch.split(update, [math.prod(shape) for shape in shapes.values()])
         base = sent if self.replies_are_adapters else {}
         forged = {
             name: piece.view(shape) + base.get(name, 0)

@@ -281,7 +281,8 @@ class HSplitLoRA(BaseStrategy):
     def _check_workers(self) -> None:
         """Refuse a round whose clients would wait for each other: a simulation with room for fewer of them."""
         chosen = self._chosen
-        workers = [int(str((node.description or {}).get(WORKERS, len(chosen)))) for node in chosen]
+        told = [ConfigRecord() if node.description is None else node.description for node in chosen]
+        workers = [int(str(description.get(WORKERS, len(chosen)))) for description in told]
         if workers and min(workers) < len(chosen):
             raise SplitError(
                 f"{len(chosen)} clients train together in a round, but this simulation runs {min(workers)} at a time: "
@@ -384,9 +385,8 @@ class HSplitLoRA(BaseStrategy):
         owned = config[OWNED]
         assert isinstance(owned, list)
         arrays = only_arrays(sent)
-        return spec_of(
-            ArrayRecord({str(name): arrays[str(name)] for name in owned}), config.get(UPLOAD_CODEC)
-        )  # type: ignore[arg-type]
+        codec: Any = config.get(UPLOAD_CODEC)
+        return spec_of(ArrayRecord({str(name): arrays[str(name)] for name in owned}), codec)
 
     def open_reply(self, message: Message) -> Reply:
         """Decode a reply, and set aside what it tells of importance."""

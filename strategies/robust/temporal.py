@@ -112,13 +112,9 @@ class Flanders:
         a, b = torch.eye(n, dtype=torch.float64), torch.eye(p, dtype=torch.float64)
         for _ in range(3):
             left = [x @ b for x, _ in pairs]
-            a = _ridge(
-                sum(y @ m.T for (_, y), m in zip(pairs, left, strict=True)), sum(m @ m.T for m in left)
-            )
+            a = _ridge([y for _, y in pairs], left)
             right = [a @ x for x, _ in pairs]
-            b = _ridge(
-                sum(y.T @ m for (_, y), m in zip(pairs, right, strict=True)), sum(m.T @ m for m in right)
-            ).T
+            b = _ridge([y.T for _, y in pairs], [m.T for m in right]).T
         return a @ self._rounds[-1] @ b
 
 
@@ -177,7 +173,7 @@ class FLDetector:
         v = vector.double()
         right = torch.cat([sigma * (s.T @ v), y.T @ v])
         solved = torch.linalg.lstsq(middle, right[:, None]).solution[:, 0]
-        result = sigma * v - torch.cat([sigma * s, y], 1) @ solved
+        result: Tensor = sigma * v - torch.cat([sigma * s, y], 1) @ solved
         return result.float()
 
 
@@ -204,6 +200,10 @@ def split_high(scores: Tensor, separation: float = 4.0) -> Tensor:
     return scores >= ordered[cut]
 
 
-def _ridge(moment: Tensor, gram: Tensor) -> Tensor:
+def _ridge(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """The matrix W that minimises Σ ‖y − W x‖² with a little ridge."""
+    moment = torch.stack([y @ x.T for y, x in zip(outputs, inputs, strict=True)]).sum(0)
+    gram = torch.stack([x @ x.T for x in inputs]).sum(0)
     regular = gram + 1e-3 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(regular, moment.T).T
+    solution: Tensor = torch.linalg.solve(regular, moment.T)
+    return solution.T

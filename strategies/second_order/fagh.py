@@ -156,7 +156,11 @@ class FAGH(GradientStrategy):
         beta1: decay of the gradients' mean.
         beta2: decay of the rows' mean.
         memory: Hessian products kept; 0: none are asked for. ``ours`` only.
+        secants: whether steps and changes of the gradient count among the products, when the same clients answer
+            twice in a row. ``ours`` only.
         metric: what ρ damps: the identity, or the gradients' second moment. ``ours`` only.
+        tau: floor of the second moment in units of the root mean square gradient; the larger, the nearer to the
+            identity. ``ours`` only.
         damping: ρ follows the cohort's loss, which also takes back a step that raised it, or is fixed. ``ours`` only.
         direction_codec: how the direction travels to the clients.
         kwargs: keywords of :class:`fedllm.strategy.BaseStrategy`.
@@ -176,13 +180,15 @@ class FAGH(GradientStrategy):
         beta1: Decay | None = None,
         beta2: Decay | None = None,
         memory: Annotated[int, Field(ge=0, le=1000)] | None = None,
+        secants: bool | None = None,
         metric: Literal["identity", "second-moment"] | None = None,
+        tau: Positive | None = None,
         damping: Literal["adaptive", "fixed"] | None = None,
         direction_codec: Codec = "int8",
         **kwargs: Any,
     ) -> None:
         common = {"eta": eta, "rho": rho, "beta1": beta1, "beta2": beta2}
-        own = {"memory": memory, "metric": metric, "damping": damping}
+        own = {"memory": memory, "secants": secants, "metric": metric, "tau": tau, "damping": damping}
         if preset == "paper" and (given := [name for name, value in own.items() if value is not None]):
             raise ConfigError(
                 f"fagh.{given[0]} is set, but fagh.preset=paper is the published form, which has none; "

@@ -65,7 +65,7 @@ def flatten(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Views of a vector with the names and shapes of ``like``."""
-    parts = vector.split([tensor.numel() for tensor in like.values()])
+    parts = torch.split(vector, [tensor.numel() for tensor in like.values()])
     return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
 
 

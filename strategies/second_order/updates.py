@@ -202,13 +202,13 @@ class Fagh:
         *,
         eta: float = 1.0,
         rho: float = 50.0,
-        beta1: float = 0.8,
+        beta1: float = 0.7,
         beta2: float = 0.9,
         memory: int = 20,
         secants: bool = True,
         metric: Literal["identity", "second-moment"] = "second-moment",
         beta_metric: float = 0.99,
-        tau: float = 0.2,
+        tau: float = 0.1,
         damping: Literal["adaptive", "fixed"] = "adaptive",
     ) -> None:
         if memory < 0:
@@ -320,7 +320,7 @@ class Fagh:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
-        parts = {"momentum": self._momentum, "damping": self._damping}
+        parts: dict[str, Any] = {"momentum": self._momentum, "damping": self._damping}
         optional = {"memory": self._memory, "metric": self._metric}
         parts |= {name: part for name, part in optional.items() if part is not None}
         vectors = {"step": self._step, "gradient": self._gradient}

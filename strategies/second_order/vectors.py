@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,7 +58,7 @@ def norm(vector: Tensor) -> float:
     for part in blocks(len(vector)):
         scaled = wide(vector[part], scale)
         total += torch.dot(scaled, scaled).item()
-    return scale * float(total) ** 0.5
+    return float(scale * math.sqrt(total))
 
 
 def combine(out: Tensor, coefficients: Sequence[float], vectors: Sequence[Tensor]) -> Tensor:

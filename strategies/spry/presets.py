@@ -11,7 +11,17 @@ from fedllm.strategies.spry.dealing import Dealing
 from fedllm.config import Scalar
 
 PresetName = Literal["ours", "paper"]
-ServerStep = Literal["yogi", "sgd"]
+
+
+@dataclass(frozen=True)
+class YogiStep:
+    """Step size and adaptivity of Yogi on the server."""
+
+    eta: float
+    tau: float
+
+
+FLOWERS = YogiStep(eta=1e-2, tau=1e-3)
 
 
 @dataclass(frozen=True)
@@ -20,12 +30,12 @@ class Preset:
 
     Attributes:
         dealing: see :func:`fedllm.strategies.spry.dealing.deal`.
-        server: the server's step where clients send tensors; per iteration, where they send gradients, it is Yogi.
+        yogi: the server's step per epoch; per iteration, where noisy gradients come up, it is Flower's.
         forward_ad: parameters of the client update ``forward-ad``.
     """
 
     dealing: Dealing
-    server: ServerStep
+    yogi: YogiStep
     forward_ad: Mapping[str, Scalar]
 
 
@@ -35,7 +45,7 @@ PRESETS: Mapping[PresetName, Preset] = {
     # epoch.
     "paper": Preset(
         dealing="cyclic",
-        server="yogi",
+        yogi=FLOWERS,
         forward_ad={
             "tangents": 1,
             "distribution": "gaussian",
@@ -48,11 +58,12 @@ PRESETS: Mapping[PresetName, Preset] = {
         },
     ),
     # Heads are differentiated exactly, which removes the largest part of the noise; A, whose gradient is zero as long
-    # as B is, stays as it was drawn; SGD keeps the size of a jvp, of which AdamW's first steps keep the sign only. The
-    # exact heads need no adaptive server: Yogi with Flower's constants moves them by 0.01 a round, whatever they need.
+    # as B is, stays as it was drawn; SGD keeps the size of a jvp, of which AdamW's first steps keep the sign only. With
+    # Flower's constants Yogi moves an entry by about 0.01 a round, too little for heads; ours follow faster and still
+    # even out what clients with few classes pull to their side.
     "ours": Preset(
         dealing="contiguous",
-        server="sgd",
+        yogi=YogiStep(eta=0.1, tau=1e-2),
         forward_ad={
             "tangents": 4,
             "distribution": "rademacher",

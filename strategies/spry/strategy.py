@@ -13,7 +13,7 @@ import torch
 from fedllm.strategies.spry.dealing import Dealing, Units, deal
 from fedllm.strategies.spry.ladder import Ladder, Modes
 from fedllm.strategies.spry.merging import OwnersMean, UnitSgd, UnitYogi
-from fedllm.strategies.spry.presets import PRESETS, PresetName, ServerStep
+from fedllm.strategies.spry.presets import FLOWERS, PRESETS, PresetName
 from fedllm.strategies.spry.projection import Projection, owned_names
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -68,11 +68,11 @@ class Spry(BaseStrategy):
             that the configuration leaves out.
         dealing: ``contiguous``, ``cyclic``, or ``all`` (no split); None: the preset's.
         communication: ``per-epoch`` or ``per-iteration``.
-        server: ``yogi``, or ``sgd`` for a plain step to the mean; None: the preset's, per iteration Yogi.
-        eta: step size of the server; None: 0.01 for Yogi, 1 for SGD.
+        server: ``yogi``, or ``sgd`` for a plain step to the mean.
+        eta: step size of the server; None: for Yogi the preset's, and 0.01 per iteration; 1 for SGD.
         beta_1: decay of Yogi's first moment.
         beta_2: decay of Yogi's second moment.
-        tau: Yogi's adaptivity.
+        tau: Yogi's adaptivity; larger is closer to plain averaging. None: the preset's, and 0.001 per iteration.
         modes: client updates in order of preference, for example
             ``backprop-checkpointed,forward-ad,zeroth-order``; each node gets the first whose predicted memory is within
             what the node described. Empty: ``client`` decides for all.
@@ -87,11 +87,11 @@ class Spry(BaseStrategy):
         preset: PresetName = "ours",
         dealing: Dealing | None = None,
         communication: Literal["per-epoch", "per-iteration"] = "per-epoch",
-        server: ServerStep | None = None,
+        server: Literal["yogi", "sgd"] = "yogi",
         eta: Positive | None = None,
         beta_1: Decay = 0.9,
         beta_2: Decay = 0.99,
-        tau: Positive = 1e-3,
+        tau: Positive | None = None,
         modes: Modes = (),
         send_direction: bool = False,
         **kwargs: Any,
@@ -106,10 +106,11 @@ class Spry(BaseStrategy):
         self.dealing: Dealing = dealing or self.preset.dealing
         self.communication = communication
         self.send_direction = send_direction
-        if server is None:
-            server = "yogi" if communication == "per-iteration" else self.preset.server
+        yogi = self.preset.yogi if communication == "per-epoch" else FLOWERS
         optimizer: UnitYogi | UnitSgd = (
-            UnitYogi(eta or 1e-2, beta_1, beta_2, tau) if server == "yogi" else UnitSgd(eta or 1.0)
+            UnitYogi(eta or yogi.eta, beta_1, beta_2, tau or yogi.tau)
+            if server == "yogi"
+            else UnitSgd(eta or 1.0)
         )
         super().__init__(**{"server_optimizer": optimizer} | kwargs)
         self._round = 0

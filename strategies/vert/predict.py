@@ -104,7 +104,8 @@ class Ladder:
             return _TEMPORAL
         scale = self._gram.diagonal().mean()
         regular = self._gram + _RIDGE * scale * torch.eye(INPUTS, dtype=torch.float64)
-        return torch.linalg.solve(regular, self._moment).float()
+        solution: Tensor = torch.linalg.solve(regular, self._moment)
+        return solution.float()
 
     def _train_network(self, inputs: Tensor, targets: Tensor) -> None:
         """A few Adam steps on what the ridge leaves unexplained, one example a coordinate."""
@@ -126,7 +127,8 @@ class Ladder:
     @staticmethod
     def _network(inputs: Tensor, weights: list[Tensor]) -> Tensor:
         scale = inputs.shape[2] ** 0.5
-        return _forward(inputs.transpose(1, 2) * scale, weights) / scale
+        output: Tensor = _forward(inputs.transpose(1, 2) * scale, weights) / scale
+        return output
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next prediction depends on."""
