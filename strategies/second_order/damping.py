@@ -40,16 +40,18 @@ class AdaptiveDamping:
         good: see ``shrink``.
         poor: see ``grow``.
         tolerance: a rise of the loss by more than this share of it takes the step back.
-        setback: ρ is multiplied by this when a step is taken back.
+        setback: ρ is multiplied by this when a step is taken back, by its square when the second try is taken back too,
+            and so on (after Nielsen, 1999).
     """
 
     rho: float
-    shrink: float = 1.5
-    grow: float = 2.0
+    shrink: float = 1.2
+    grow: float = 1.5
     good: float = 0.75
     poor: float = 0.25
-    tolerance: float = 0.1
-    setback: float = 4.0
+    tolerance: float = 0.5
+    setback: float = 2.0
+    failures: int = 0
 
     def judge(self, before: float, now: float, predicted: float) -> Verdict:
         """Adapt ρ to what the last step did to the loss; whether the step stands.
@@ -60,8 +62,10 @@ class AdaptiveDamping:
             predicted: decrease that the curvature model promised.
         """
         if not math.isfinite(now) or now > before + self.tolerance * abs(before):
-            self.rho *= self.setback
+            self.failures += 1
+            self.rho *= self.setback**self.failures
             return "reject"
+        self.failures = 0
         ratio = (before - now) / predicted if predicted > 0 else -math.inf
         if ratio > self.good:
             self.rho /= self.shrink
@@ -70,9 +74,9 @@ class AdaptiveDamping:
         return "accept"
 
     def state_dict(self) -> dict[str, Any]:
-        """The damping."""
-        return {"rho": self.rho}
+        """The damping, and how many tries in a row have failed."""
+        return {"rho": self.rho, "failures": self.failures}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self.rho = float(state["rho"])
+        self.rho, self.failures = float(state["rho"]), int(state["failures"])

@@ -381,23 +381,64 @@ def test_a_step_that_raises_the_loss_is_taken_back():
     worse = float(w @ h @ w / 2)
     assert worse > 2 * w0_loss
     again = w + update.step(h @ w, None, None, worse)
-    assert update.rho == pytest.approx(4e-3)
-    assert relative(again, start - h @ start / 4e-3) < 1e-9
+    assert update.rho == pytest.approx(2e-3)
+    assert relative(again, start - h @ start / 2e-3) < 1e-9
     losses = minimise(Fagh(rho=1e-3, metric="identity"), h, 60, start)
     assert losses[-1] < 1e-2 * losses[0]
 
 
+def test_steps_of_the_same_clients_are_pairs_too():
+    h, start = outliers(), vector(29, 200)
+
+    def memory_after(losses):
+        update = Fagh(metric="identity", damping="fixed", rho=40.0)
+        w = start.clone()
+        for number in range(3):
+            w = w + update.step(h @ w, None, None, losses(number))
+        return update.state_dict()["memory"]["pairs"]
+
+    same = memory_after(lambda number: {"a": (3.0, 1.0), "b": (1.0, 2.0)})
+    assert len(same) == 2
+    for pair in same:
+        row = pair["product"]["value"] / (1 - 0.9 ** pair["product"]["count"])
+        assert relative(row, h @ pair["direction"]) < 1e-9
+        assert float(pair["direction"].norm()) == pytest.approx(1.0)
+    assert not memory_after(lambda number: {str(number): (1.0, 1.0)})
+    assert not memory_after(lambda number: {"a": (1.0 + number, 1.0)})
+    assert not memory_after(lambda number: None)
+
+
+def test_directions_asked_for_find_the_steepest_ones():
+    h, start = outliers(), vector(30, 200)
+    update = Fagh(metric="identity", damping="fixed", rho=1e4, secants=False, memory=30)
+    w, asked = start.clone(), []
+    for _ in range(24):
+        direction = update.request()
+        if direction is not None:
+            asked.append(direction)
+        row = None if direction is None else h @ direction
+        w = w + update.step(h @ w, row, direction)
+    basis = torch.stack(asked, dim=1)
+    values, vectors = torch.linalg.eigh(h)
+    for number in range(1, 9):
+        assert float((basis.T @ vectors[:, -number]).norm()) > 0.99, float(values[-number])
+
+
 def test_damping_follows_what_steps_are_worth():
-    damping = AdaptiveDamping(1.0)
+    damping = AdaptiveDamping(1.0, shrink=1.5, grow=2.0, tolerance=0.1, setback=4.0)
     assert damping.judge(1.0, 0.1, 1.0) == "accept"
-    assert damping.rho == pytest.approx(1 / 1.5)
+    assert damping.rho == pytest.approx(1 / 1.2)
     assert damping.judge(1.0, 0.5, 1.0) == "accept"
-    assert damping.rho == pytest.approx(1 / 1.5)
+    assert damping.rho == pytest.approx(1 / 1.2)
     assert damping.judge(1.0, 0.95, 1.0) == "accept"
-    assert damping.rho == pytest.approx(2 / 1.5)
-    assert damping.judge(1.0, 1.2, 1.0) == "reject"
-    assert damping.rho == pytest.approx(8 / 1.5)
+    assert damping.rho == pytest.approx(1.5 / 1.2)
+    assert damping.judge(1.0, 1.6, 1.0) == "reject"
+    assert damping.rho == pytest.approx(2 * 1.5 / 1.2)
     assert damping.judge(1.0, float("nan"), 1.0) == "reject"
+    assert damping.rho == pytest.approx(4 * 2 * 1.5 / 1.2)
+    assert damping.judge(1.0, 0.5, 1.0) == "accept"
+    assert damping.judge(1.0, 1.6, 1.0) == "reject"
+    assert damping.rho == pytest.approx(2 * 4 * 2 * 1.5 / 1.2)
 
 
 def test_losses_are_compared_for_common_clients_only():
