@@ -412,7 +412,7 @@ def test_directions_asked_for_find_the_steepest_ones():
     h, start = outliers(), vector(30, 200)
     update = Fagh(metric="identity", damping="fixed", rho=1e4, secants=False, memory=30)
     w, asked = start.clone(), []
-    for _ in range(24):
+    for _ in range(10):
         direction = update.request()
         if direction is not None:
             asked.append(direction)
@@ -420,12 +420,12 @@ def test_directions_asked_for_find_the_steepest_ones():
         w = w + update.step(h @ w, row, direction)
     basis = torch.stack(asked, dim=1)
     values, vectors = torch.linalg.eigh(h)
-    for number in range(1, 9):
+    for number in range(1, 5):
         assert float((basis.T @ vectors[:, -number]).norm()) > 0.99, float(values[-number])
 
 
 def test_damping_follows_what_steps_are_worth():
-    damping = AdaptiveDamping(1.0, shrink=1.5, grow=2.0, tolerance=0.1, setback=4.0)
+    damping = AdaptiveDamping(1.0)
     assert damping.judge(1.0, 0.1, 1.0) == "accept"
     assert damping.rho == pytest.approx(1 / 1.2)
     assert damping.judge(1.0, 0.5, 1.0) == "accept"
