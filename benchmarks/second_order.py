@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -112,47 +112,67 @@ def play(
     return Run(reached.get("accuracy"), reached.get("loss"), seconds / number, number, top)
 
 
-def tune(digits: mnist.Digits, setting: Setting, method: Method, seed: int, quick: bool) -> dict[str, Any]:
-    """Try the whole grid; the best pair and every trial."""
-    best, chosen, trials = math.inf, method.trials(setting.network, quick)[0], []
-    for pair in method.trials(setting.network, quick):
+class Progress:
+    """What is known of a method in a setting, in a file that is written after every run.
+
+    Args:
+        path: the file.
+        identity: what the results depend on; a file with another one is begun anew.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"identity": identity, "trials": [], "runs": {}}
+        if path.is_file() and (stored := json.loads(path.read_text()))["identity"] == identity:
+            self.content = stored
+
+    def write(self) -> None:
+        """Replace the file at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.content, indent=1))
+        temporary.replace(self.path)
+
+
+def tune(
+    digits: mnist.Digits, setting: Setting, method: Method, seed: int, quick: bool, progress: Progress
+) -> Pair:
+    """Try what of the grid has not been tried; the best pair, the first of equals."""
+    trials: list[dict[str, Any]] = progress.content["trials"]
+    for pair in method.trials(setting.network, quick)[len(trials) :]:
+        best = min((trial["score"] for trial in trials), default=math.inf)
         run = play(digits, setting, method, pair, seed, best)
-        score = run.score(setting.rounds)
-        if score < best:
-            best, chosen = score, pair
-        trials.append({"pair": pair, "score": score, **asdict(run)})
+        trials.append({"pair": pair, "score": run.score(setting.rounds), **asdict(run)})
+        progress.write()
         names = ", ".join(f"{name}={value:g}" for name, value in zip(method.names, pair, strict=True))
         console.print(
             f"  trial {names}: accuracy after {_shown(run.to_accuracy)}, loss after {_shown(run.to_loss)} of "
             f"{run.rounds} rounds, {run.rounds * run.seconds_per_round:.0f} s"
         )
-    return {"pair": chosen, "trials": trials}
+    first, second = min(trials, key=lambda trial: trial["score"])["pair"]
+    return first, second
 
 
 def measure(
-    split: Any, setting: Setting, method: Method, seeds: Sequence[int], cache: Path, args: Any
-) -> dict[str, Any]:
-    """Tune and run a method, or go on with what its file holds."""
+    split: Callable[[int], mnist.Digits], setting: Setting, method: Method, seeds: Sequence[int], args: Any
+) -> tuple[Pair, list[Run]]:
+    """Tune and run a method, or go on with what its file holds; the pair, and a run for each seed."""
     clients = "pooled" if method.pooled else str(setting.clients)
-    path = cache / f"{setting.network}-{clients}-{method.key}{'-quick' if args.quick else ''}.json"
+    name = f"{setting.network}-{clients}-{method.key}{'-quick' if args.quick else ''}.json"
     tuning_seed = derive_seed(args.seed, "tuning") % 1_000_000
-    identity = _identity(setting, method, tuning_seed, args.quick)
-    found: dict[str, Any] = {"identity": identity, "runs": {}}
-    if path.is_file() and (stored := json.loads(path.read_text())).get("identity") == identity:
-        found = stored
+    progress = Progress(Path(args.cache) / name, _identity(setting, method, tuning_seed, args.quick))
     console.print(f"[bold]{setting.network}, {clients} clients: {method.title}[/bold]")
-    if "pair" not in found:
-        found |= tune(split(tuning_seed), setting, method, tuning_seed, args.quick)
-        _write(path, found)
+    pair = tune(split(tuning_seed), setting, method, tuning_seed, args.quick, progress)
+    runs = progress.content["runs"]
     for seed in seeds:
-        if str(seed) not in found["runs"]:
-            run = play(split(seed), setting, method, tuple(found["pair"]), seed)
-            found["runs"][str(seed)] = asdict(run)
-            _write(path, found)
+        if str(seed) not in runs:
+            run = play(split(seed), setting, method, pair, seed)
+            runs[str(seed)] = asdict(run)
+            progress.write()
             console.print(
-                f"  seed {seed}: accuracy after {_shown(run.to_accuracy)}, loss {_shown(run.to_loss)}"
+                f"  seed {seed}: accuracy after {_shown(run.to_accuracy)}, loss after {_shown(run.to_loss)}"
             )
-    return found | {"runs": [Run(**found["runs"][str(seed)]) for seed in seeds]}
+    return pair, [Run(**runs[str(seed)]) for seed in seeds]
 
 
 def _identity(setting: Setting, method: Method, seed: int, quick: bool) -> str:
@@ -167,13 +187,6 @@ def _identity(setting: Setting, method: Method, seed: int, quick: bool) -> str:
                 node.value.value = ""  # a docstring
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
 
 
 def _shown(rounds: int | None) -> str:
@@ -336,11 +349,11 @@ def main() -> None:
         for method in METHODS:
             if method.key not in wanted:
                 continue
-            found = measure(split, setting, method, seeds, Path(args.cache), args)
+            pair, runs = measure(split, setting, method, seeds, args)
             evaluations, passes = work(method, split(seeds[0]), setting, seeds[0])
             results[setting][method.key] = {
-                **summary(method, setting, found["runs"], evaluations),
-                "pair": found["pair"],
+                **summary(method, setting, runs, evaluations),
+                "pair": pair,
                 "seeds": len(seeds),
                 "per_round": evaluations,
                 "passes_per_round": passes,

@@ -60,12 +60,13 @@ PRESETS: Mapping[PresetName, Preset] = {
     # Heads are differentiated exactly, which removes the largest part of the noise; A, whose gradient is zero as long
     # as B is, stays as it was drawn; SGD keeps the size of a jvp, of which AdamW's first steps keep the sign only. With
     # Flower's constants Yogi moves an entry by about 0.01 a round, too little for heads; ours follow faster and still
-    # even out what clients with few classes pull to their side.
+    # even out what clients with few classes pull to their side. One tangent: within equal time more steps beat more
+    # tangents a step (benchmarks/forward_mode.py).
     "ours": Preset(
         dealing="contiguous",
         yogi=YogiStep(eta=0.1, tau=1e-2),
         forward_ad={
-            "tangents": 4,
+            "tangents": 1,
             "distribution": "rademacher",
             "optimizer": "sgd",
             "exact-heads": True,

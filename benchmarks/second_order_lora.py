@@ -1,0 +1,283 @@
+"""LoRA on MiniLM, AG News: FAGH and SOFIM against FedAdam at equal client compute, rounds to an accuracy.
+
+Ten clients (Dirichlet 0.5), all in every round, on the library's own client updates and server steps, in one process.
+*Equal client compute* is the number of examples that a client sends forward and backward in a round, ``--passes``: a
+gradient on that many rows (FedAdam, SOFIM), a gradient and a Hessian product on half as many rows (FAGH, the product
+counted like a gradient), or local AdamW steps on batches of 16 (FedAdam on adapters). The rows of a round follow from
+(seed, round, client), the same ones for every method; a client's weight is the number of rows that it holds.
+
+Rows change from round to round, so FAGH runs without secant pairs and with fixed damping: both compare rounds.
+Each method tries the same number of settings of its step size on a seed of its own. What is finished stands in
+``--cache``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from fedllm.clients.backprop import Backprop
+from fedllm.clients.second_order import FullGradient, GradientAndHessianRow
+from fedllm.strategies.second_order.optimizer import flatten, moved, unflatten
+from fedllm.strategies.second_order.updates import Fagh, Sofim
+from harness import arguments, console, report
+from second_order_methods import Adaptive
+
+from fedllm.config import RunConfig
+from fedllm.data import client_examples, label_names, test_examples
+from fedllm.models import ModelBundle, load_bundle
+from fedllm.records import HESSIAN_DIRECTION, HESSIAN_ROW
+from fedllm.seeding import derive_seed
+from fedllm.tasks import get_task
+from fedllm.update import ClientUpdate, TrainJob
+
+HERE = Path(__file__).resolve().parent
+CLIENTS, BATCH = 10, 16
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A client update, how many gradients it takes of a row, and the server's step for a step size."""
+
+    title: str
+    client: ClientUpdate
+    gradients_per_row: int
+    rates: Sequence[float]
+    server: Callable[[float], Any]
+    sends_adapters: bool = False
+
+
+METHODS = {
+    "fedadam": Method(
+        "FedAdam on gradients",
+        FullGradient(),
+        1,
+        (3e-3, 1e-2, 2e-2),
+        lambda rate: Adaptive(rate, 1e-5),
+    ),
+    "fedadam_local": Method(
+        "FedAdam on local steps",
+        Backprop(),
+        1,
+        (3e-3, 1e-2, 2e-2),
+        lambda rate: Adaptive(rate, 1e-3),
+        sends_adapters=True,
+    ),
+    "sofim": Method("SOFIM", FullGradient(), 1, (0.3, 1.0, 3.0), lambda rate: Sofim(eta=rate * 0.1, rho=0.1)),
+    "fagh": Method(
+        "FAGH, rank-k (ours)",
+        GradientAndHessianRow(),
+        2,
+        (3e-3, 1e-2, 2e-2),
+        lambda rate: Fagh(rho=1 / rate, secants=False, damping="fixed"),
+    ),
+}
+
+
+class Federation:
+    """The clients of a seed and the model, which they share.
+
+    Args:
+        config: of the run.
+        passes: examples that a client sends forward and backward in a round.
+    """
+
+    def __init__(self, config: RunConfig, passes: int) -> None:
+        self.config, self.passes = config, passes
+        self.task = get_task(config.task)
+        self.bundle: ModelBundle = load_bundle(config, label_names(config))
+        tokenizer = self.bundle.tokenizer
+        self.clients = [client_examples(config, tokenizer, index, CLIENTS) for index in range(CLIENTS)]
+        found = test_examples(config, tokenizer)
+        assert found is not None
+        self.test = found
+
+    def round(self, method: Method, server: Any, state: State, number: int) -> State:
+        """The next adapter."""
+        asked = server.request() if isinstance(server, Fagh) else None
+        inputs = {} if asked is None else {HESSIAN_DIRECTION: unflatten(asked, state)}
+        total, row, weight = torch.zeros(()), torch.zeros(()), 0
+        for index, examples in enumerate(self.clients):
+            seed = derive_seed(self.config.seed, number, str(index))
+            count = min(self.passes // method.gradients_per_row, len(examples))
+            drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
+            self.bundle.load_adapter_state(state)
+            result = method.client.run(
+                TrainJob(
+                    self.bundle,
+                    self.task,
+                    examples.select(drawn),
+                    self.config.train.model_copy(update={"local_epochs": 1.0, "local_steps": 0}),
+                    seed,
+                    number,
+                    str(index),
+                    state,
+                    inputs=inputs,
+                )
+            )
+            arrays = flatten(result.arrays, state)
+            # A move is read like a gradient, against the way that it goes.
+            total = total + len(examples) * (
+                flatten(state, state) - arrays if method.sends_adapters else arrays
+            )
+            if asked is not None:
+                row = row + len(examples) * flatten(result.extras[HESSIAN_ROW], state)
+            weight += len(examples)
+        if isinstance(server, Fagh):
+            step = server.step(total / weight, None if asked is None else row / weight, asked)
+        else:
+            step = server.step(total / weight)
+        return moved(state, step)
+
+    def judge(self, state: State) -> Mapping[str, float]:
+        """Metrics on the test rows."""
+        self.bundle.load_adapter_state(state)
+        size = self.config.server.evaluate_batch_size
+        pad = self.bundle.tokenizer.pad_token_id
+        return self.task.evaluate(self.bundle.model, self.test, size, pad, self.bundle.device)
+
+
+def play(
+    federation: Federation, method: Method, rate: float, target: float, rounds: int, label: str
+) -> dict[str, Any]:
+    """Run until the target is reached or the rounds are over."""
+    state, server = dict(federation.bundle.initial_state), method.server(rate)
+    accuracies: list[float] = []
+    seconds = 0.0
+    for number in range(1, rounds + 1):
+        started = time.perf_counter()
+        state = federation.round(method, server, state, number)
+        seconds += time.perf_counter() - started
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+            break
+        metrics = federation.judge(state)
+        accuracies.append(metrics["accuracy"])
+        console.print(
+            f"  {label} round {number}: accuracy {metrics['accuracy']:.3f}, loss {metrics['loss']:.3f}"
+        )
+        if accuracies[-1] >= target or not metrics["loss"] < 20:
+            break
+    reached = len(accuracies) if accuracies and accuracies[-1] >= target else None
+    return {
+        "rounds": reached,
+        "best": max(accuracies, default=0.0),
+        "seconds_per_round": seconds / max(len(accuracies), 1),
+    }
+
+
+def configuration(args: Any, seed: int, quick: bool) -> RunConfig:
+    """The setting of examples/ag_news, with all clients."""
+    folder = Path(args.data).expanduser().resolve()
+    return RunConfig.from_flat(
+        {
+            "seed": seed,
+            "model.name": args.model,
+            "model.device": "cpu",
+            "data.source": str(folder / "train.csv"),
+            "data.test-file": str(folder / "test.csv"),
+            "data.text-column": "text",
+            "data.label-column": "label",
+            "data.max-length": 24 if quick else 48,
+            "data.test-rows": 300 if quick else 1000,
+            "data.partitioner": "dirichlet",
+            "data.alpha": 0.5,
+            "data.min-partition-size": args.passes,
+            "train.learning-rate": 3e-3,
+            "train.head-learning-rate": 1e-2,
+            "train.batch-size": BATCH,
+        }
+    )
+
+
+def main() -> None:
+    args = arguments(
+        __doc__ or "",
+        data=str(HERE.parents[1] / "shared" / "data" / "ag_news"),
+        model="packaged:minilm",
+        passes=64,
+        seeds=3,
+        rounds=40,
+        target=0.85,
+        methods=",".join(METHODS),
+        cache=str(HERE / "results" / "second_order_lora"),
+    )
+    if args.passes % (2 * BATCH):
+        raise SystemExit(f"--passes: expected a multiple of {2 * BATCH}, found {args.passes}")
+    if missing := [n for n in ("train.csv", "test.csv") if not (Path(args.data).expanduser() / n).is_file()]:
+        raise SystemExit(f"not found: {', '.join(missing)} in {args.data}; pass --data FOLDER with AG News")
+    if unknown := set(args.methods.split(",")) - set(METHODS):
+        raise SystemExit(f"--methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    quick: bool = args.quick
+    passes, rounds, target = (32, 12, 0.7) if quick else (args.passes, args.rounds, args.target)
+    args.passes = passes
+    seeds = range(args.seed, args.seed + (1 if quick else args.seeds))
+    tuning = derive_seed(args.seed, "tuning") % 1_000_000
+    figures: dict[str, Any] = {"target": target, "passes_per_client": passes, "seeds": len(seeds)}
+    rows: list[Sequence[object]] = [("", f"rounds to {target:g}", "best accuracy", "seconds a round", "rate")]
+    cache = Path(args.cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    for key in args.methods.split(","):
+        method = METHODS[key]
+        path = cache / f"{key}.json"
+        identity = [
+            args.model,
+            passes,
+            rounds,
+            target,
+            quick,
+            args.seed,
+            list(method.rates),
+            torch.__version__,
+        ]
+        known: dict[str, Any] = {"identity": identity, "trials": {}, "runs": {}}
+        if path.is_file() and (stored := json.loads(path.read_text()))["identity"] == identity:
+            known = stored
+        console.print(f"[bold]{method.title}[/bold]")
+        for rate in method.rates[1:2] if quick else method.rates:
+            if f"{rate:g}" not in known["trials"]:
+                federation = Federation(configuration(args, tuning, quick), passes)
+                known["trials"][f"{rate:g}"] = play(
+                    federation, method, rate, target, rounds, f"trial {rate:g}"
+                )
+                path.write_text(json.dumps(known, indent=1))
+        best = min(
+            known["trials"],
+            key=lambda r: (known["trials"][r]["rounds"] or math.inf, -known["trials"][r]["best"]),
+        )
+        for seed in seeds:
+            if str(seed) not in known["runs"]:
+                federation = Federation(configuration(args, seed, quick), passes)
+                known["runs"][str(seed)] = play(
+                    federation, method, float(best), target, rounds, f"seed {seed}"
+                )
+                path.write_text(json.dumps(known, indent=1))
+        runs = [known["runs"][str(seed)] for seed in seeds]
+        done = [run["rounds"] for run in runs if run["rounds"] is not None]
+        whole = len(done) == len(runs)
+        figures |= {
+            f"{key}_rounds": mean(done) if whole else None,
+            f"{key}_rounds_sd": stdev(done) if whole and len(done) > 1 else None,
+            f"{key}_reached": len(done),
+            f"{key}_best_accuracy": mean(run["best"] for run in runs),
+            f"{key}_seconds_per_round": mean(run["seconds_per_round"] for run in runs),
+            f"{key}_rate": float(best),
+        }
+        shown = f"{mean(done):.1f}" if whole else f"not in {rounds} ({len(done)} of {len(runs)} seeds)"
+        rows.append(
+            (method.title, shown, figures[f"{key}_best_accuracy"], figures[f"{key}_seconds_per_round"], best)
+        )
+    report(
+        args, figures, rows, f"AG News, {args.model} with LoRA, {CLIENTS} clients, {passes} passes a round"
+    )
+
+
+if __name__ == "__main__":
+    main()
