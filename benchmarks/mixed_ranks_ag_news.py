@@ -2,11 +2,14 @@
 
 The setting is that of examples/ag_news (MiniLM, ten clients, non-IID, five a round) with a global adapter of rank 16.
 In one arm every client has rank 16; in the others ranks 2, 4, 8 and 16 take turns, and ``lora.aggregation`` differs.
+``--partial FILE`` keeps the accuracy of every finished run, so that the benchmark can be interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
@@ -25,6 +28,29 @@ ARMS: dict[str, dict[str, str]] = {
 }
 
 
+class Finished:
+    """Accuracies of finished runs, by their settings, in a JSON file.
+
+    Args:
+        path: the file; None: nothing is kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        known = path is not None and path.is_file()
+        self._found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path and known else {}
+
+    def get(self, settings: Mapping[str, str | int]) -> float | None:
+        """The accuracy of a run with these settings."""
+        return self._found.get(json.dumps(settings, sort_keys=True))
+
+    def put(self, settings: Mapping[str, str | int], accuracy: float) -> None:
+        """Keep it."""
+        self._found[json.dumps(settings, sort_keys=True)] = accuracy
+        if self._path is not None:
+            self._path.write_text(json.dumps(self._found, indent=1) + "\n", encoding="utf-8")
+
+
 def markdown(rows: list[tuple[object, ...]]) -> str:
     """The table for the docs."""
     cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -41,6 +67,7 @@ def main() -> None:
         train_rows=0,
         test_rows=4000,
         table="",
+        partial="",
     )
     train, test = data_files(args.data)
     rounds, count = (min(args.rounds, 4), 1) if args.quick else (args.rounds, args.seeds)
@@ -52,13 +79,19 @@ def main() -> None:
         "server.evaluate-every": rounds,
     }
     accuracy: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    finished = Finished(Path(args.partial).expanduser() if args.partial else None)
     with tempfile.TemporaryDirectory() as name:
         for seed in seeds:
             for arm, settings in ARMS.items():
                 folder = Path(name) / f"{arm.replace(' ', '-')}-{seed}"
-                measured, _ = run_ours(folder, train, test, rounds, seed, common | settings)
-                accuracy[arm].append(measured.accuracy[-1])
-                console.print(f"seed {seed}, {arm}: accuracy {measured.accuracy[-1]:.4f}")
+                values = {**common, **settings, "rounds": rounds, "seed": seed}
+                found = finished.get(values)
+                if found is None:
+                    measured, _ = run_ours(folder, train, test, rounds, seed, common | settings)
+                    found = measured.accuracy[-1]
+                    finished.put(values, found)
+                accuracy[arm].append(found)
+                console.print(f"seed {seed}, {arm}: accuracy {found:.4f}")
     means = {arm: mean(values) for arm, values in accuracy.items()}
     figures = {
         "rounds": rounds,

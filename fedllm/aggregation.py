@@ -137,6 +137,25 @@ class AdapterAggregation:
         self.ranks.load_state_dict(state.get("client-numbers", {}))
 
 
+def remainder(arrays: Tensors, held: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+    """What a client's share of an adapter leaves out of the modules that it holds; terms of product zero do not count.
+
+    Args:
+        arrays: the adapter, by PEFT state-dict name.
+        held: shapes of the client's arrays, each the leading terms of the adapter's.
+    """
+    rest: dict[str, torch.Tensor] = {}
+    for pair in pair_names(arrays).modules.values():
+        if pair.lora_A not in held:
+            continue
+        rank = held[pair.lora_A][0]
+        left, right = arrays[pair.lora_B][:, rank:], arrays[pair.lora_A][rank:]
+        used = left.any(dim=0) & right.any(dim=1)
+        if used.any():
+            rest |= {pair.lora_A: right[used], pair.lora_B: left[:, used]}
+    return rest
+
+
 def leading(arrays: Tensors, rank: int) -> dict[str, torch.Tensor]:
     """An adapter cut to the leading ``rank`` terms of every module; modules of a lower rank and heads stay whole."""
     cut = dict(arrays)

@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 
 from fedllm.accumulate import Accumulator, MetricsMean, Reply
-from fedllm.aggregation import AdapterAggregation, leading
+from fedllm.aggregation import AdapterAggregation, leading, remainder
 from fedllm.config import AggregationName, RankList, RunConfig
 from fedllm.errors import ConfigError, PlanError
 from fedllm.events import EventBus
@@ -250,9 +250,9 @@ class BaseStrategy(Strategy):
         self.adapters.ranks.see(nodes)
         self._sent, self._at_rank, self._offered = {}, {}, decode(arrays)
         encoded = arrays
-        extras: dict[str, ArrayRecord] = {}
+        frozen: ArrayRecord | None = None
         if self.adapters.name == "stack":
-            extras[FROZEN] = encode(self.adapters.frozen(self._offered), self.download_codec)
+            frozen = encode(self.adapters.frozen(self._offered), self.download_codec)
             self._offered = self.adapters.fresh(
                 self._offered, derive_seed(self.seed, server_round, "adapter")
             )
@@ -263,20 +263,38 @@ class BaseStrategy(Strategy):
             own_arrays, own_config = self.arrays_for(node, encoded), self.config_for(node, config)
             self._sent[node.node_id] = own_arrays
             # Clients with the same payload share one content, which is then stored and hashed once.
-            content = contents.setdefault(
-                (id(own_arrays), id(own_config)),
-                RecordDict(
+            payload = (id(own_arrays), id(own_config))
+            if payload not in contents:
+                contents[payload] = RecordDict(
                     {
                         self.arrayrecord_key: own_arrays,
                         self.configrecord_key: own_config,
-                        **{name: _within(record, own_arrays) for name, record in extras.items()},
+                        **self._beside(own_arrays, frozen),
                     }
-                ),
-            )
+                )
             messages.append(
-                Message(content, dst_node_id=node.node_id, message_type=kind, group_id=str(server_round))
+                Message(
+                    contents[payload],
+                    dst_node_id=node.node_id,
+                    message_type=kind,
+                    group_id=str(server_round),
+                )
             )
         return messages
+
+    def _beside(self, held: ArrayRecord, frozen: ArrayRecord | None) -> dict[str, ArrayRecord]:
+        """What acts beside a client's adapter without being trained, as a record of its own if there is anything.
+
+        Under ``stack`` these are the server's products. Under ``exact`` it is what the client's ranks leave out of the
+        global adapter: without it a client would learn again, in its few ranks, what the others' ranks hold already,
+        and the sum of the changes would count that twice.
+        """
+        if frozen is not None:
+            return {FROZEN: _within(frozen, held)}
+        if self.adapters.name != "exact":
+            return {}
+        rest = remainder(self._offered, {name: array.shape for name, array in held.items()})
+        return {FROZEN: encode(rest, self.download_codec)} if rest else {}
 
     # --------------------------------------------------------------- replies
 

@@ -55,6 +55,8 @@ class MemoryModel:
             without a fused kernel, as on a CPU with attention dropout.
         checkpointing: whether blocks are recomputed in the backward pass.
         adapter_dropout: whether adapters see a dropped copy of their input, which is then kept too.
+        keeps_outputs: whether the outputs of all candidates that back-propagation passes are kept too, to tell which of
+            them matter (:class:`fedllm.split.importance.WeightImportance`).
         quantized_compute: bytes of the dtype in which 8-bit and 4-bit bases compute.
         trainable_bytes: per trainable float32 parameter: value 4, gradient 4, Adam's moments 8.
         activation_scale: factor on activations and transients, 1 until :func:`calibrated` has fitted it.
@@ -64,6 +66,7 @@ class MemoryModel:
     attention: str = "sdpa"
     checkpointing: bool = False
     adapter_dropout: bool = False
+    keeps_outputs: bool = False
     quantized_compute: int = 2
     trainable_bytes: float = 16.0
     activation_scale: float = 1.0
@@ -141,6 +144,8 @@ class MemoryModel:
             recomputed = block + max(copies[lowest:])  # of one block, after the logits have gone
             activations = recomputed + live * tokens * spec.hidden_size * compute
             loss = max(loss - recomputed, 0.0)
+        if self.keeps_outputs:
+            activations += compute * tokens * sum(w.rows for w in spec.weights if w.block >= lowest)
         transient = max(loss, self._gradients(spec, live, bits, batch, length))
         if bits in (8, 4):
             transient += spec.largest_weight * compute  # one weight at a time is dequantised

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from fedllm.strategies.fedpipe.plan import RoundPlan, modules_of, share_of
 from fedllm.strategies.fedpipe.planner import CohortPlanner, Schedule
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -122,7 +123,7 @@ class FedPipe(BaseStrategy):
             self.gain,
             config.server.quorum,
         )
-        self._planner = CohortPlanner(spec, self._options(config), schedule)
+        self._planner = CohortPlanner(spec, self._options(config, bundle.model.config), schedule)
         self._events = events
 
     def _check(self, config: RunConfig) -> None:
@@ -140,7 +141,11 @@ class FedPipe(BaseStrategy):
         if wrong := [bits for bits in self.bits if bits not in (32, 16, 8, 4)]:
             raise ConfigError(f"fedpipe.bits: expected some of 32, 16, 8 and 4, found {wrong[0]}")
 
-    def _options(self, config: RunConfig) -> PlanOptions:
+    def _options(self, config: RunConfig, model: Any) -> PlanOptions:
+        from fedllm.model_spec import kept_attention
+
+        # With "auto" every node decides: what a CPU keeps is never less than what a GPU does.
+        device = torch.device("cpu" if config.model.device == "auto" else config.model.device)
         batch, rank, train = config.train.batch_size, config.lora.rank, config.train
         checkpointing = bool(config.plugins.get(config.client, {}).get("gradient-checkpointing", False))
         return PlanOptions(
@@ -152,7 +157,7 @@ class FedPipe(BaseStrategy):
             deadline_seconds=self.deadline or math.inf,
             under_training_weight=self.under_training_weight,
             memory=MemoryModel(
-                attention="eager" if config.model.attention == "eager" else "sdpa",
+                attention=kept_attention(model, device),
                 checkpointing=checkpointing,
                 adapter_dropout=config.lora.dropout > 0,
                 quantized_compute=4 if config.model.dtype == "float32" else 2,

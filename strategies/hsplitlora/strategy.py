@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fedllm.strategies.fedpipe.plan import modules_of, share_of
 from fedllm.strategies.hsplitlora.cuts import ServerSide
+from fedllm.strategies.hsplitlora.planning import planning_of
 from fedllm.strategies.hsplitlora.server_part import SERVER, ServerRound, ServerSettings
 from fedllm.strategies.hsplitlora.shares import Dealer, FixedCuts, PlannedCuts, Share
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -19,12 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fedllm.accumulate import Accumulator, Reply
-from fedllm.batches import count_steps
 from fedllm.config import RankList, RunConfig
 from fedllm.errors import ConfigError, PlanError, SplitError
 from fedllm.events import EventBus
-from fedllm.lora.memory import MemoryModel
-from fedllm.lora.plans import PlanOptions
 from fedllm.nodes import NodeInfo
 from fedllm.planned import base_bits
 from fedllm.records import (
@@ -224,22 +222,7 @@ class HSplitLoRA(BaseStrategy):
         return FixedCuts(self.cuts, self._client_ranks, full, blocks, bits, config.train.batch_size)
 
     def _planner(self, config: RunConfig) -> PlannedCuts:
-        from fedllm.model_spec import adapted_spec, kept_attention
-
         assert self._bundle is not None
-        rank, train = config.lora.rank, config.train
-        options = PlanOptions(
-            ranks=self.ranks or (*(2**i for i in range(rank.bit_length()) if 2**i < rank), rank),
-            batch_sizes=(train.batch_size,),
-            bits=(base_bits(config.model),),
-            sequence_length=config.data.max_length,
-            steps=lambda examples, size: count_steps(examples, train),
-            memory=MemoryModel(
-                attention=kept_attention(self._bundle.model.config, self._bundle.device),
-                adapter_dropout=config.lora.dropout > 0,
-                quantized_compute=4 if config.model.dtype == "float32" else 2,
-            ),
-        )
         width = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
         side = ServerSide(
             self.server_flops or math.inf,
@@ -248,8 +231,7 @@ class HSplitLoRA(BaseStrategy):
             self.labels == "client",
         )
         return PlannedCuts(
-            adapted_spec(self._bundle.model, modules_of(self._bundle.initial_state)),
-            options,
+            *planning_of(config, self._bundle, self.ranks),
             side,
             settling=self.importance_settling,
             threshold=self.replan_threshold,

@@ -16,10 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "split_learning"
 
 
-@pytest.fixture
-def rows(tmp_path):
+def restaurants(path):
     """Meaning representations and sentences in the style of E2E NLG."""
-    path = tmp_path / "restaurants.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["mr", "ref"])
@@ -29,6 +27,11 @@ def rows(tmp_path):
                 [f"name[Inn {index}], eatType[{kind}], area[{area}]", f"Inn {index} is a {kind}."]
             )
     return path
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return restaurants(tmp_path / "restaurants.csv")
 
 
 def simulate(folder, rows, name, *settings):
@@ -44,7 +47,7 @@ def simulate(folder, rows, name, *settings):
         "rounds": 2,
         "server.node-timeout": 400,
         "run.root": str(folder / "runs"),
-        "simulation.memory-megabytes": "0.5,0.6,0.8,1.2,2",
+        "simulation.memory-megabytes": "1.3,1.6,2.1,3.2,5.2",
     }
     tiny = " ".join(f"{key}={json.dumps(value)}" for key, value in flat.items())
     command = [sys.executable, "-m", "fedllm", "simulate", str(EXAMPLE), "--name", name, "-c", tiny]
