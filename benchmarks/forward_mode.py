@@ -25,7 +25,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import (
     TaskIdentity,
 )  # flwr's processes set it; messages cannot be made without
-from harness import arguments, console, report
+from harness import Finished, arguments, console, report
 
 from fedllm import client, registry
 from fedllm.config import RunConfig, Scalar
@@ -255,31 +255,6 @@ def planned(seed: int, quick: bool) -> Iterator[tuple[float, int]]:
     yield 0.1, seed
 
 
-class Partial:
-    """Outcomes of finished runs in a JSON file, so that an interrupted benchmark goes on where it was."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        found = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-        self._outcomes: dict[str, dict[str, Any]] = found
-
-    def get(self, config: RunConfig, seconds: float) -> Outcome | None:
-        """The outcome of a run with exactly this configuration and budget."""
-        found = self._outcomes.get(self._key(config, seconds))
-        return None if found is None else Outcome(**found)
-
-    def put(self, config: RunConfig, seconds: float, outcome: Outcome) -> None:
-        """Keep an outcome."""
-        self._outcomes[self._key(config, seconds)] = asdict(outcome)
-        if self._file:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(json.dumps(self._outcomes, indent=1) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def _key(config: RunConfig, seconds: float) -> str:
-        return json.dumps([config.to_flat(), seconds], sort_keys=True)
-
-
 def main() -> None:
     args = arguments(
         __doc__ or "",
@@ -301,15 +276,17 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a client takes one thread for each processor
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     minutes = min(args.minutes, 0.5) if args.quick else args.minutes
-    partial = Partial(Path(args.partial).expanduser() if args.partial else None)
+    finished = Finished(args.partial)
     outcomes: dict[str, dict[tuple[float, int], Outcome]] = {name: {} for name in names}
     for alpha, seed in planned(args.seed, args.quick):
         for name in names:
             config = configuration(METHODS[name], data, alpha, seed, 500 if args.quick else args.test_rows)
-            outcome = partial.get(config, 60 * minutes)
-            if outcome is None:
-                outcome = run(config, 60 * minutes, looks=1 if args.quick else 4)
-                partial.put(config, 60 * minutes, outcome)
+            settings = {**config.to_flat(), "minutes": minutes}
+            found = finished.get(settings)
+            outcome = (
+                run(config, 60 * minutes, looks=1 if args.quick else 4) if found is None else Outcome(**found)
+            )
+            finished.put(settings, asdict(outcome))
             outcomes[name][alpha, seed] = outcome
             console.print(
                 f"{name}, alpha {alpha}, seed {seed}: accuracy {outcome.accuracy:.3f} after {outcome.rounds} rounds, "

@@ -74,6 +74,32 @@ def report(
         console.print(f"wrote {args.json}")
 
 
+class Finished:
+    """What finished parts of a benchmark found, by their settings, so that an interrupted one goes on where it was.
+
+    Args:
+        file: JSON file; empty: nothing is kept.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = Path(file).expanduser() if file else None
+        known = self._file is not None and self._file.is_file()
+        self._found: dict[str, Any] = (
+            json.loads(self._file.read_text("utf-8")) if self._file and known else {}
+        )
+
+    def get(self, settings: Mapping[str, Any]) -> Any:
+        """What the part with exactly these settings found; None: it has not finished yet."""
+        return self._found.get(json.dumps(settings, sort_keys=True))
+
+    def put(self, settings: Mapping[str, Any], found: Any) -> None:
+        """Keep what a part found, as JSON values."""
+        self._found[json.dumps(settings, sort_keys=True)] = found
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(self._found, indent=1) + "\n", encoding="utf-8")
+
+
 def run_app(app: Path, federation: Mapping[str, int | float], timeout: float = 3600.0) -> float:
     """Run a Flower app under a SuperLink of its own; returns the seconds that it took.
 

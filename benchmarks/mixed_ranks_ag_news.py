@@ -7,14 +7,12 @@ In one arm every client has rank 16; in the others ranks 2, 4, 8 and 16 take tur
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
 from ag_news import ROOT, data_files, run_ours
-from harness import arguments, console, report
+from harness import Finished, arguments, console, report
 
 RANK = 16
 CLIENT_RANKS = "2,4,8,16"
@@ -26,29 +24,6 @@ ARMS: dict[str, dict[str, str]] = {
         for way in ("exact", "zero-pad", "factor-average")
     },
 }
-
-
-class Finished:
-    """Accuracies of finished runs, by their settings, in a JSON file.
-
-    Args:
-        path: the file; None: nothing is kept.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        known = path is not None and path.is_file()
-        self._found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path and known else {}
-
-    def get(self, settings: Mapping[str, str | int]) -> float | None:
-        """The accuracy of a run with these settings."""
-        return self._found.get(json.dumps(settings, sort_keys=True))
-
-    def put(self, settings: Mapping[str, str | int], accuracy: float) -> None:
-        """Keep it."""
-        self._found[json.dumps(settings, sort_keys=True)] = accuracy
-        if self._path is not None:
-            self._path.write_text(json.dumps(self._found, indent=1) + "\n", encoding="utf-8")
 
 
 def markdown(rows: list[tuple[object, ...]]) -> str:
@@ -79,7 +54,7 @@ def main() -> None:
         "server.evaluate-every": rounds,
     }
     accuracy: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    finished = Finished(Path(args.partial).expanduser() if args.partial else None)
+    finished = Finished(args.partial)
     with tempfile.TemporaryDirectory() as name:
         for seed in seeds:
             for arm, settings in ARMS.items():

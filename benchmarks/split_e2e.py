@@ -6,6 +6,8 @@ samples of the same partitions, and the same learning rates.
 * ``hsplitlora``: every node has the cut and the rank that it can bear; products are merged without error.
 * ``splitlora``: all nodes have the cut and the rank of the weakest one, and the server has that rank too.
 * ``hetlora``: no split; every node holds the whole model and its own rank, factors are zero-padded and averaged.
+
+``--partial FILE`` keeps finished runs, so that the benchmark can be interrupted.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from harness import arguments, console, report, run_app
+from harness import Finished, arguments, console, report, run_app
 
 from fedllm import app_config, registry
 from fedllm.events import read_events
@@ -104,6 +106,7 @@ def main() -> None:
         train_rows=0,
         test_rows=400,
         gpus_per_client=0.0,
+        partial="",
     )
     train, test = data_files(args.data)
     rounds, steps, count = (2, 4, 1) if args.quick else (args.rounds, args.steps, args.seeds)
@@ -121,11 +124,16 @@ def main() -> None:
         "simulation.gpus-per-client": args.gpus_per_client,
     }
     settings = arms(count_blocks(args.model))
+    finished = Finished(args.partial)
     outcomes: dict[str, list[Outcome]] = {arm: [] for arm in settings}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(args.seed, args.seed + count):
             for arm, own in settings.items():
-                outcome = run_arm(Path(name) / f"{arm}-{seed}", common | own, rounds, seed)
+                values = {**common, **own, "rounds": rounds, "seed": seed}
+                found = finished.get(values)
+                folder = Path(name) / f"{arm}-{seed}"
+                outcome = run_arm(folder, common | own, rounds, seed) if found is None else Outcome(**found)
+                finished.put(values, asdict(outcome))
                 outcomes[arm].append(outcome)
                 console.print(f"seed {seed}, {arm}: perplexity {outcome.before:.4g} → {outcome.after:.4g}")
     if len({outcome.samples for found in outcomes.values() for outcome in found}) != 1:
