@@ -9,6 +9,7 @@ import torch
 
 from fedllm.config import TrainConfig
 from fedllm.encoded import Encoded
+from fedllm.interruption import check
 
 _WINDOW = 8  # batches that are sorted by length together; the smaller, the nearer to uniform shuffling
 
@@ -42,6 +43,7 @@ def train_batches(examples: Encoded, train: TrainConfig, seed: int) -> Iterator[
     remaining = count_steps(len(examples), train)
     while remaining > 0:
         for batch in _epoch(examples.lengths, train.batch_size, generator):
+            check()
             yield batch
             remaining -= 1
             if remaining == 0:
@@ -55,6 +57,7 @@ def length_sorted_batches(examples: Encoded, batch_size: int) -> Iterator[list[i
     """
     order = torch.argsort(examples.lengths, descending=True, stable=True)
     for batch in torch.split(order, batch_size):
+        check()
         yield batch.tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fedllm import __version__
+from fedllm import __version__, logs, node_cli
 from fedllm.errors import ConfigError, FedLLMError
 
 EXIT_FAILED = 1
@@ -50,13 +51,21 @@ def _options(
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            envvar=logs.VARIABLE, help="Log lines as text, or as json: one object a line, of Flower's too."
+        ),
+    ] = None,
 ) -> None:
+    if log_format is not None:
+        os.environ[logs.VARIABLE] = log_format  # the processes that Flower starts inherit it
     _set_up_logging(debug)
 
 
 def _set_up_logging(debug: bool) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("fedllm").setLevel(logging.DEBUG if debug else logging.WARNING)
+    logs.set_up(level=logging.DEBUG if debug else logging.WARNING)
 
 
 @app.command()
@@ -82,10 +91,16 @@ def simulate(
         int | None, typer.Option(min=1, help="Simulated clients (simulation.clients).")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of training (rounds).")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Run the clients on this Ray cluster, which `ray start` has started."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and the results.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Run the app in the folder APP with simulated clients on this machine.
+    """Run the app in the folder APP with simulated clients, on this machine or a Ray cluster.
 
     Everything is checked before work starts. Exit code 0 means that the run finished; 1 that it failed;
     2 that the configuration or the command line is wrong; 130 that it was interrupted.
@@ -100,7 +115,13 @@ def simulate(
         raise typer.BadParameter("--name and --resume exclude each other: --resume takes the name of the run")
     console = _console()
     job = simulation.prepare(
-        folder, overrides or [], name=name, resume=resume, clients=clients, rounds=rounds
+        folder,
+        overrides or [],
+        name=name,
+        resume=resume,
+        clients=clients,
+        rounds=rounds,
+        ray_address=ray_address,
     )
     summary = simulation.check_inputs(job.config)
     if not quiet:
@@ -193,11 +214,16 @@ def doctor(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 16,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens of the longest example.")] = 128,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
+    node: Annotated[
+        Path | None,
+        typer.Option(metavar="NODE.TOML", help="Instead, tell why the node of this file cannot take part."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check this machine: versions, GPU, quantisation, hub, Flower's leftovers, folders and disk.
 
-    With `--model` it tells instead what a training step of each gradient mode needs.
+    With `--model` it tells instead what a training step of each gradient mode needs; with `--node` it checks a node's
+    certificate, key, address, clock, data, worker and disk.
 
     Exit code 1 means that something must be fixed; warnings do not count.
     """
@@ -209,7 +235,12 @@ def doctor(
         raise typer.BadParameter("--memory needs --model: it says which gradient modes of a model fit")
     from fedllm import doctor as checks
 
-    results = checks.run_checks()
+    if node is not None:
+        from fedllm.node.node_checks import run_node_checks
+
+        results = run_node_checks(node)
+    else:
+        results = checks.run_checks()
     if as_json:
         typer.echo(json.dumps(checks.to_json(results), indent=2))
     else:
@@ -234,6 +265,9 @@ def _advise(
     else:
         title = f"{config.model.name}, {batch_size} examples of {max_length} tokens, LoRA of rank {rank}"
         mode_advice.render(advice, available, title, _console())
+
+
+node_cli.register(app)
 
 
 def main() -> NoReturn:

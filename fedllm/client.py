@@ -8,22 +8,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from fedllm import __version__, registry
+from fedllm import __version__, logs, registry
 from fedllm.base_models import load_tokenizer
 from fedllm.config import ModelConfig, RunConfig
 from fedllm.data import client_examples, label_counts, label_names
 from fedllm.encoded import Encoded
 from fedllm.errors import DataError, FedLLMError, PlanError
 from fedllm.frozen import frozen_products
-from fedllm.models import ModelBundle, load_bundle
+from fedllm.models import ModelBundle, intact, load_bundle
+from fedllm.peak_memory import PeakMemory
 from fedllm.planned import Planned
 from fedllm.records import (
     ADAPTER,
@@ -62,6 +63,31 @@ def node_name(context: Context) -> str:
     return str(config.get("name", config.get("partition-id", context.node_id)))
 
 
+Answer = Callable[[Message, Context], Message]
+
+
+def _logged(answer: Answer) -> Answer:
+    """Let the log lines of an answer say for which run, round and node it is."""
+
+    @wraps(answer)
+    def logged(message: Message, context: Context) -> Message:
+        if not logging.getLogger("fedllm").hasHandlers():
+            logs.set_up(level=logging.WARNING)
+        place: dict[str, str | int] = {
+            "run_id": str(context.run_id),
+            "node": node_name(context),
+            "phase": answer.__name__,
+        }
+        number = records_of(message, ConfigRecord).get(CONFIG, ConfigRecord()).get(SERVER_ROUND)
+        if isinstance(number, int):
+            place["round"] = number
+        with logs.bound(**place):
+            return answer(message, context)
+
+    return logged
+
+
+@_logged
 def describe(message: Message, context: Context) -> Message:
     """Answer ``query.describe``: resources and number of examples, or why this node cannot take part.
 
@@ -89,6 +115,7 @@ def describe(message: Message, context: Context) -> Message:
     return Message(RecordDict({CONFIG: ConfigRecord(record)}), reply_to=message)
 
 
+@_logged
 def train(message: Message, context: Context) -> Message:
     """Answer ``train``: run the update rule that the message names on the adapter that it carries."""
     started = time.perf_counter()
@@ -102,8 +129,7 @@ def train(message: Message, context: Context) -> Message:
     seed = derive_seed(int(_number(request, SEED)), server_round, name)
     # Dropout draws from torch's global generator.
     torch.manual_seed(seed)
-    if bundle.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(bundle.device)
+    peak = PeakMemory(bundle.device)
     update: ClientUpdate = registry.build(
         "clients", str(request[CLIENT]), json.loads(str(request[CLIENT_PARAMETERS]))
     )
@@ -123,7 +149,7 @@ def train(message: Message, context: Context) -> Message:
         ask_importance=bool(request.get(ASK_IMPORTANCE, False)),
         inputs=inputs,
     )
-    with frozen_products(bundle.model, inputs.get(FROZEN, {})):
+    with intact(bundle), frozen_products(bundle.model, inputs.get(FROZEN, {})):
         result = _attack(request, name).run(update, job) if ATTACK in request else update.run(job)
     codec: Any = request[UPLOAD_CODEC]
     # A gradient is small beside the adapter: its difference to the adapter would be a poor thing to round.
@@ -138,12 +164,13 @@ def train(message: Message, context: Context) -> Message:
             NUM_EXAMPLES: result.num_examples,
             "loss": result.loss,
             "seconds": time.perf_counter() - started,
-            "peak-bytes": _peak_bytes(bundle.device),
+            "peak-bytes": peak.bytes,
         }
     )
     return Message(content, reply_to=message)
 
 
+@_logged
 def evaluate(message: Message, context: Context) -> Message:
     """Answer ``evaluate``: metrics of the adapter on the client's own examples."""
     started = time.perf_counter()
@@ -152,7 +179,7 @@ def evaluate(message: Message, context: Context) -> Message:
     bundle, examples = _load(config, context)
     bundle.load_adapter_state(decode(only_arrays(message)), any_ranks=True)
     frozen = records_of(message, ArrayRecord).get(FROZEN, ArrayRecord())
-    with frozen_products(bundle.model, decode(frozen)):
+    with intact(bundle), frozen_products(bundle.model, decode(frozen)):
         metrics = get_task(config.task).evaluate(
             bundle.model,
             examples,
@@ -164,6 +191,10 @@ def evaluate(message: Message, context: Context) -> Message:
         {**metrics, **budget, NUM_EXAMPLES: len(examples), "seconds": time.perf_counter() - started}
     )
     return Message(RecordDict({METRICS: record}), reply_to=message)
+
+
+ANSWERS: dict[str, Answer] = {"describe": describe, "train": train, "evaluate": evaluate}
+"""By what a message asks for."""
 
 
 def _load(config: RunConfig, context: Context) -> tuple[ModelBundle, Encoded]:
@@ -180,7 +211,7 @@ def _examples(config: RunConfig, context: Context, tokenizer: Any) -> Encoded:
     return examples
 
 
-@cache
+@lru_cache(maxsize=4)
 def _tokenizer(name: str, revision: str) -> Any:
     return load_tokenizer(ModelConfig(name=name, revision=revision))
 
@@ -223,7 +254,7 @@ def _config(context: Context) -> RunConfig:
     return _parse_config(json.dumps({**context.run_config, **overrides}))
 
 
-@cache
+@lru_cache(maxsize=16)
 def _parse_config(flat: str) -> RunConfig:
     return registry.config_from_flat(json.loads(flat))
 
@@ -246,17 +277,23 @@ def _node_file(context: Context) -> str:
     return str(context.node_config.get("data-file", ""))
 
 
-@cache
 def _use_own_cpus() -> None:
-    """Use as many torch threads as the process has CPUs: Ray's share in simulation, else those it may run on."""
-    cpus = float(len(os.sched_getaffinity(0)))
+    """Use as many torch threads as the process has CPUs, whatever the job before this one has set."""
+    torch.set_num_threads(_own_cpus())
+
+
+@cache
+def _own_cpus() -> int:
+    """CPUs of the process: Ray's share in simulation, else OMP_NUM_THREADS if an operator set it, else all."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    cpus = float(limit) if limit.isdecimal() else float(len(os.sched_getaffinity(0)))
     if _is_simulated():
         import ray
 
         if ray.is_initialized():
             assigned = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
             cpus = assigned.get("CPU", cpus)
-    torch.set_num_threads(max(int(cpus), 1))
+    return max(int(cpus), 1)
 
 
 def _simulated_workers() -> int | None:
@@ -276,13 +313,6 @@ def _simulated_workers() -> int | None:
 def _device(config: RunConfig) -> torch.device:
     name = config.model.device
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Peak memory: of this job on a GPU, of the process since its start on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _number(record: ConfigRecord, key: str) -> float:

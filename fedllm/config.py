@@ -442,11 +442,11 @@ class RunConfig(Section):
                 flat[kebab(name)] = value
         return flat
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, without: frozenset[str] = frozenset()) -> str:
         """Hash of everything that decides a run's numbers; a checkpoint of another fingerprint is refused.
 
         Left out are the keys that may change between a run and its continuation: the number of rounds, where results
-        go, and how long the server waits.
+        go, and how long the server waits; and the tables of plug-ins named in ``without``.
         """
         free = (
             "run.",
@@ -465,6 +465,7 @@ class RunConfig(Section):
             "data.cache-dir",
             "model.device",
             "model.cache-bundles",
+            *(f"{table}." for table in without),
         )
         kept = {key: value for key, value in self.to_flat().items() if not key.startswith(free)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -43,3 +43,7 @@ class SplitError(FedLLMError):
 
 class TrainError(FedLLMError):
     """Local training went wrong: a loss that is not finite, or settings that cannot work together."""
+
+
+class WorkerError(FedLLMError):
+    """A node's resident worker cannot be reached, refused a message, or ended in the middle of one."""

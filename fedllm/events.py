@@ -15,7 +15,8 @@ round-started       round, nodes (names of those asked to train)
 node-replied        round, phase ("train" or "evaluate"), node, bytes_up, bytes_down, seconds (computing time
                     of the node), elapsed (since the round's start, server's clock), num_examples, loss,
                     metrics (optional mapping)
-node-dropped        round, phase, node, reason
+node-dropped        round, phase, node, kind ("unreachable", "timeout", "client-error", "invalid", "unreadable",
+                    "inconsistent"), reason
 aggregated          round, replies, asked, num_examples, loss, seconds, update_norm
 evaluated           round (0: before training), where ("server" or "clients"), metrics (mapping), seconds
 planned             round, phase ("warm-up" or "plan"), weights (names of the candidates, in order), nodes (by name:
@@ -52,6 +53,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from fedllm import logs
 from fedllm.errors import FedLLMError
 from fedllm.history import RunHistory
 from fedllm.narration import summary_line
@@ -213,7 +215,8 @@ class LogSink:
         self._history.update(event)
         line = summary_line(self._history, event)
         if line is not None:
-            self._log.log(self._LEVELS.get(event["event"], logging.INFO), "%s", line)
+            place = {name: event[name] for name in logs.FIELDS if name in event}
+            self._log.log(self._LEVELS.get(event["event"], logging.INFO), "%s", line, extra=place)
 
     def close(self) -> None:
         """Nothing to let go of."""

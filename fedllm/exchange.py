@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from fedllm.errors import ReplyError, RoundError
 from fedllm.events import EventBus
 from fedllm.narration import printable
+from fedllm.outcomes import DropKind
 from fedllm.records import NUM_EXAMPLES, records_of, wire_bytes
 from fedllm.spool import ReplySpool
 
@@ -139,7 +140,7 @@ class Exchange:
             if message_id:
                 self._sent[message_id] = (index, message)
             else:
-                self._drop(message, "the message could not be sent: the node is not connected")
+                self._drop(message, "unreachable", "the message could not be sent: the node is not connected")
         self._open = set(self._sent)
 
     @property
@@ -174,7 +175,7 @@ class Exchange:
         sent = self._sent[reply.metadata.reply_to_message_id][1]
         self.stats.valid -= 1
         self.stats.num_examples -= int(_numbers(reply).get(NUM_EXAMPLES, 0))
-        self._drop(sent, reason)
+        self._drop(sent, "inconsistent", reason)
 
     def _pause(self) -> float:
         """Short while replies come in, then as configured; after a minute of silence up to a second."""
@@ -217,16 +218,16 @@ class Exchange:
 
     def _accept(self, reply: Message, sent: Message) -> bool:
         if reply.has_error():
-            self._drop(sent, _last_line(reply.error.reason or ""))
+            self._drop(sent, "client-error", _last_line(reply.error.reason or ""))
             return False
         try:
             self._check(reply, sent)
         except ReplyError as error:
-            self._drop(sent, str(error))
+            self._drop(sent, "invalid", str(error))
             return False
         except Exception as error:
             # A reply is untrusted input: whatever it breaks, it must not break the run.
-            self._drop(sent, f"the reply cannot be read: {type(error).__name__}: {error}")
+            self._drop(sent, "unreadable", f"the reply cannot be read: {type(error).__name__}: {error}")
             return False
         self.stats.valid += 1
         self._report(reply, sent)
@@ -255,16 +256,16 @@ class Exchange:
             self._bytes[key] = _content_bytes(message)
         return self._bytes[key]
 
-    def _drop(self, sent: Message, reason: str) -> None:
+    def _drop(self, sent: Message, kind: DropKind, reason: str) -> None:
         node = self._node_name(sent.metadata.dst_node_id)
         reason = printable(reason)[:_MAX_REASON]
         self.stats.dropped[node] = reason
-        self._events.emit("node-dropped", **self._where, node=node, reason=reason)
+        self._events.emit("node-dropped", **self._where, node=node, kind=kind, reason=reason)
 
     def _drop_silent(self) -> None:
         waited = time.monotonic() - self._started
         for message_id in sorted(self._open, key=lambda i: self._sent[i][0]):
-            self._drop(self._sent[message_id][1], f"no reply within {waited:.0f} s")
+            self._drop(self._sent[message_id][1], "timeout", f"no reply within {waited:.0f} s")
 
     def require_quorum(self) -> None:
         """Raise :class:`QuorumError` if there are too few valid replies."""

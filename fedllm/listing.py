@@ -30,7 +30,7 @@ def keys() -> Keys:
     Returns:
         Objects with ``key``, ``type``, ``choices``, ``default`` and ``description``.
     """
-    return _own_keys() + [key for kind in ("strategies", "clients") for key in _plugin_keys(kind)]
+    return _own_keys() + [key for kind in ("strategies", "clients", "sinks") for key in _plugin_keys(kind)]
 
 
 def _plugin_keys(kind: str) -> Keys:
@@ -38,7 +38,7 @@ def _plugin_keys(kind: str) -> Keys:
     found: Keys = []
     for name in registry.available(kind):
         cls = registry.load(kind, name)
-        fields = registry.parameters_model(cls).model_fields
+        fields = registry.parameters_model(cls, kind).model_fields
         for parameter in inspect.signature(cls.__init__).parameters:
             if "__init__" in cls.__dict__ and parameter in fields:
                 field = fields[parameter]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,14 +21,13 @@ from fedllm.adapter_ranks import AdapterLayers, check_state
 from fedllm.base_models import BaseModel, load_base, resolve_device, seeded
 from fedllm.config import ModelConfig, RunConfig
 from fedllm.errors import ModelError
+from fedllm.kept import Kept
 from fedllm.lora_targets import build_peft_config
 from fedllm.model_sources import canonical_name, quiet_transformers
 from fedllm.seeding import derive_seed
 
 _DESCRIPTION = "fedllm.json"
 _WEIGHTS = "adapter_model.safetensors"
-_BUNDLES: OrderedDict[str, ModelBundle] = OrderedDict()
-_LOCK = threading.Lock()
 
 
 @dataclass
@@ -88,6 +84,18 @@ class ModelBundle:
             name: parameter.detach().to("cpu", torch.float32, copy=True)
             for name, parameter in self._trainable.items()
         }
+
+    @property
+    def label(self) -> str:
+        """The model's name, and how it is quantised if it is."""
+        suffix = "" if self.config.quantization == "none" else f" ({self.config.quantization})"
+        return self.config.name + suffix
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights, and of the adapter as it was drawn."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.initial_state.values()]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -195,6 +203,10 @@ class ModelBundle:
                 base.activation_checkpointing_disable()
 
 
+BUNDLES: Kept[ModelBundle] = Kept("model", lambda bundle: bundle.num_bytes)
+"""The models that this process has loaded."""
+
+
 def load_bundle(config: RunConfig, labels: tuple[str, ...] = ()) -> ModelBundle:
     """The model, adapter and tokenizer of a run, loaded once per process.
 
@@ -219,21 +231,22 @@ def load_bundle(config: RunConfig, labels: tuple[str, ...] = ()) -> ModelBundle:
         ],
         sort_keys=True,
     )
-    with _LOCK:
-        if key not in _BUNDLES:
-            # Room is made first, so that never more of them are in memory than are allowed.
-            while len(_BUNDLES) >= config.model.cache_bundles:
-                _BUNDLES.popitem(last=False)
-                gc.collect()  # modules refer to each other in circles
-            _BUNDLES[key] = _build_bundle(config, labels)
-        _BUNDLES.move_to_end(key)
-        return _BUNDLES[key]
+    return BUNDLES.get(key, lambda: _build_bundle(config, labels), config.model.cache_bundles)
+
+
+@contextmanager
+def intact(bundle: ModelBundle) -> Iterator[None]:
+    """Keep a model from later users if an exception inside leaves it in the middle of something."""
+    try:
+        yield
+    except BaseException:
+        BUNDLES.discard(bundle)
+        raise
 
 
 def clear_bundles() -> None:
     """Forget all loaded models, so that their memory can be freed."""
-    with _LOCK:
-        _BUNDLES.clear()
+    BUNDLES.clear()
 
 
 def merge_adapter(adapter: Path, out: Path) -> None:

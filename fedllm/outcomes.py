@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Outcome = Literal["open", "finished", "skipped"]
+DropKind = Literal["unreachable", "timeout", "client-error", "invalid", "unreadable", "inconsistent"]
 
 #: Metrics that describe a run best, best first, and whether the larger value is the better one.
 HEADLINE_METRICS: Mapping[str, bool] = {

@@ -1,7 +1,7 @@
 """End all processes of a SuperLink, known by the ``FLWR_HOME`` they were started with; hold signals meanwhile.
 
-Run as ``python -m fedllm.processes HOME`` this is the guard of a SuperLink: it waits until its standard input
-ends, which happens however its parent ends, and then cleans up after it.
+Run as ``python -m fedllm.processes HOME…`` this is the guard of what was started with these homes: it waits until its
+standard input ends, which happens however its parent ends, and then cleans up after it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,14 +39,19 @@ def of_home(home: Path) -> list[psutil.Process]:
     return [process for process in found.values() if _alive(process)]
 
 
-def clean_up(home: Path) -> None:
-    """End everything that belongs to a home, politely at first, and remove its folder."""
+def end_all(home: Path) -> None:
+    """End everything that belongs to a home, politely at first."""
     for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
         processes = of_home(home)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
         psutil.wait_procs(processes, timeout=_PATIENCE)
+
+
+def clean_up(home: Path) -> None:
+    """End everything that belongs to a home, and remove its folder."""
+    end_all(home)
     shutil.rmtree(home, ignore_errors=True)
 
 
@@ -97,11 +103,21 @@ def uninterrupted() -> Iterator[None]:
         yield
 
 
-def _guard(home: Path) -> None:
+def start_guard(*homes: Path) -> subprocess.Popen[bytes]:
+    """Start a guard of these homes: what belongs to them ends with this process, even if that is killed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedllm.processes", *map(str, homes)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _guard(homes: Sequence[Path]) -> None:
     with uninterrupted():
         sys.stdin.buffer.read()
-        clean_up(home)
+        for home in homes:
+            clean_up(home)
 
 
 if __name__ == "__main__":
-    _guard(Path(sys.argv[1]))
+    _guard([Path(home) for home in sys.argv[1:]])

@@ -94,16 +94,23 @@ def describe(kind: str) -> dict[str, str]:
     return {name: (inspect.getdoc(load(kind, name)) or "").partition("\n")[0] for name in available(kind)}
 
 
-def parameters_model(cls: type[Any]) -> type[BaseModel]:
-    """Pydantic model of a plug-in's constructor keywords, following ``**kwargs`` to the base classes."""
+def parameters_model(cls: type[Any], kind: str = "") -> type[BaseModel]:
+    """Pydantic model of a plug-in's constructor keywords, following ``**kwargs`` to the base classes.
+
+    What the framework itself gives is left out: the strategy of a defence or attack, the folder of a sink (kind
+    ``sinks``), which is its first argument whatever its name.
+    """
     fields: dict[str, Any] = {}
+    seen = False
     for base in cls.__mro__:
         init = base.__dict__.get("__init__")
         if init is None:
             continue
         signature = inspect.signature(init, eval_str=True)
         passes_on = False
-        for parameter in list(signature.parameters.values())[1:]:
+        given = 1 if kind == "sinks" and not seen else 0
+        seen = True
+        for parameter in list(signature.parameters.values())[1 + given :]:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 passes_on = True
             elif parameter.name == INNER:
@@ -131,7 +138,7 @@ def check_parameters(kind: str, ref: str, parameters: Mapping[str, Scalar]) -> d
         ConfigError: an unknown parameter (the nearest known one is named) or a bad value.
         RegistryError: the plug-in cannot be loaded.
     """
-    model = parameters_model(load(kind, ref))
+    model = parameters_model(load(kind, ref), kind)
     table = parameter_table(ref)
     known = {kebab(name): name for name in model.model_fields}
     for key in parameters:
@@ -158,8 +165,13 @@ def build(kind: str, ref: str, parameters: Mapping[str, Scalar], *inner: Any, **
     """
     keywords = check_parameters(kind, ref, parameters)
     cls = load(kind, ref)
-    accepted = parameters_model(cls).model_fields
+    accepted = parameters_model(cls, kind).model_fields
     return cls(*inner, **{name: value for name, value in given.items() if name in accepted} | keywords)
+
+
+def sink_tables(config: RunConfig) -> frozenset[str]:
+    """The tables that belong to sinks: they say where figures go and decide none of them."""
+    return frozenset(available("sinks")) | {parameter_table(ref) for ref in config.run.sinks}
 
 
 def check(config: RunConfig) -> None:
@@ -175,11 +187,13 @@ def check(config: RunConfig) -> None:
     }
     for kind, ref in used.items():
         check_parameters(kind, ref, config.plugins.get(parameter_table(ref), {}))
-    for table in config.plugins.keys() - {parameter_table(ref) for ref in used.values()}:
+    for ref in config.run.sinks:
+        check_parameters("sinks", ref, config.plugins.get(parameter_table(ref), {}))
+    for table in config.plugins.keys() - {
+        parameter_table(ref) for ref in (*used.values(), *config.run.sinks)
+    }:
         for kind in (kind for kind in KINDS if table in available(kind)):
             check_parameters(kind, table, config.plugins[table])
-    for ref in config.run.sinks:
-        load("sinks", ref)
     _check_reply_kind(config)
     _check_codecs(config)
     _check_aggregation(config)
@@ -230,9 +244,7 @@ def _check_reply_kind(config: RunConfig) -> None:
 
 def config_from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
     """:class:`RunConfig` from Flower's flat mapping, with the tables of all plug-ins in sight."""
-    own = {
-        parameter_table(ref)
-        for key in ("strategy", "client", "defence", "attack")
-        if ":" in (ref := str(flat.get(key, "")))
-    }
+    named = [str(flat.get(key, "")) for key in ("strategy", "client", "defence", "attack")]
+    named += [ref.strip() for ref in str(flat.get("run.sinks", "")).split(",")]
+    own = {parameter_table(ref) for ref in named if ":" in ref}
     return RunConfig.from_flat(flat, plugin_names() | own)

@@ -14,17 +14,18 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedllm import __version__, registry
+from fedllm import __version__, logs, metrics, registry
 from fedllm.checkpoint import CheckpointStore
 from fedllm.config import RunConfig, Scalar
 from fedllm.data import label_names, test_examples
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, FedLLMError
 from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
 from fedllm.exchange import LoopOptions
 from fedllm.generation import check_generation, generation_metrics
 from fedllm.hostile import HostileClients, LoneAttack
 from fedllm.models import ModelBundle, load_bundle
 from fedllm.outcomes import HEADLINE_METRICS
+from fedllm.prometheus_sink import PrometheusSink
 from fedllm.records import (
     CLIENT,
     CLIENT_PARAMETERS,
@@ -54,14 +55,15 @@ def run(grid: Grid, flat: Mapping[str, Scalar]) -> Result:
     Raises:
         FedLLMError: bad configuration or data before work starts; later, a run that cannot go on.
     """
-    _log_to_console()
+    # Flower sets up a handler for its own logger only: a plain `flwr run --stream` would show no progress.
+    logs.set_up()
     config = registry.config_from_flat(flat)
     registry.check(config)
     check_generation(config)
     folder = run_folder(config)
     _claim(folder, config)
     logger.info("run folder: %s", folder)
-    with EventBus(_sinks(config, folder)) as events:
+    with logs.bound(run=folder.name), EventBus(_sinks(config, folder)) as events:
         started = time.monotonic()
         try:
             result = _Run(grid, config, folder, events).execute()
@@ -81,16 +83,6 @@ def _report_what_there_is(folder: Path) -> None:
         write_report([folder], folder / "report.html")
     except Exception:
         logger.exception("no report of the failed run could be written")
-
-
-def _log_to_console() -> None:
-    """Show progress in a plain `flwr run --stream`: Flower sets up a handler for its own logger only."""
-    log = logging.getLogger("fedllm")
-    log.setLevel(logging.INFO)
-    if not log.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -114,12 +106,27 @@ def _claim(folder: Path, config: RunConfig) -> None:
 
 
 def _checkpoints(folder: Path, config: RunConfig) -> CheckpointStore:
-    return CheckpointStore(folder / "checkpoints", config.fingerprint(), config.run.keep_checkpoints)
+    fingerprint = config.fingerprint(without=registry.sink_tables(config))
+    return CheckpointStore(folder / "checkpoints", fingerprint, config.run.keep_checkpoints)
 
 
 def _sinks(config: RunConfig, folder: Path) -> list[EventSink]:
-    further = [registry.load("sinks", name)(folder) for name in config.run.sinks]
-    return [JsonlSink(folder / "events.jsonl"), LogSink(), PlanSink(folder), *further]
+    sinks: list[EventSink] = [JsonlSink(folder / "events.jsonl"), LogSink(), PlanSink(folder)]
+    for ref in config.run.sinks:
+        parameters = config.plugins.get(registry.parameter_table(ref), {})
+        sinks.append(registry.build("sinks", ref, parameters, folder))
+    return sinks + _operators_sinks(config, folder)
+
+
+def _operators_sinks(config: RunConfig, folder: Path) -> list[EventSink]:
+    """Metrics that the operator of this machine wants of every run; a run does not fail for want of them."""
+    if (port := metrics.wanted_port()) is None or "prometheus" in config.run.sinks:
+        return []
+    try:
+        return [PrometheusSink(folder, port=port)]
+    except FedLLMError as error:
+        logger.warning("%s asks for metrics, but the run goes on without: %s", metrics.PORT_VARIABLE, error)
+        return []
 
 
 class _Run:

@@ -11,6 +11,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the configured strategy and leave a run folder."""
-    from fedllm import server
+    from fedllm import logs, server
 
-    server.run(grid, context.run_config)
+    with logs.bound(run_id=str(context.run_id)):
+        server.run(grid, context.run_config)

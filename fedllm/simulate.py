@@ -19,9 +19,11 @@ from fedllm import __version__, registry
 from fedllm.app_config import App, read_app, read_saved, resolve, stage
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import ConfigError
+from fedllm.flower import FlowerCommands, tail
 from fedllm.history import RunHistory
 from fedllm.narration import format_seconds, format_value
-from fedllm.superlink import PrivateSuperLink, tail
+from fedllm.ray_cluster import RayCluster, ask
+from fedllm.superlink import PrivateSuperLink
 from fedllm.watch import Display, Outcome, last_traceback, watch
 
 if TYPE_CHECKING:
@@ -35,11 +37,17 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Job:
-    """A run that has been checked and can start; ``folder`` is the app's as the user wrote it."""
+    """A run that has been checked and can start.
+
+    ``folder`` is the app's as the user wrote it, ``cluster`` the Ray cluster to join, None for this machine alone;
+    ``command`` is the one that started it.
+    """
 
     app: App
     config: RunConfig
     folder: Path
+    cluster: RayCluster | None = None
+    command: str = "fedllm simulate"
 
     @property
     def run_dir(self) -> Path:
@@ -55,6 +63,8 @@ def prepare(
     resume: str | None = None,
     clients: int | None = None,
     rounds: int | None = None,
+    ray_address: str | None = None,
+    nodes: int | None = None,
 ) -> Job:
     """Read and check an app's configuration; nothing is started or written.
 
@@ -65,6 +75,8 @@ def prepare(
         resume: name of an earlier run to go on with, whose saved configuration replaces the app's.
         clients: number of simulated clients, in place of ``simulation.clients``.
         rounds: number of rounds, in place of ``rounds``.
+        ray_address: HOST:PORT of a Ray cluster in which the clients shall run.
+        nodes: how many nodes a deployment has; None: the run is simulated.
 
     Raises:
         ConfigError: a wrong key or value, a run folder that exists, or nothing to resume.
@@ -85,11 +97,13 @@ def prepare(
     sys.path.insert(0, str(app.folder))  # a plug-in may live in the app's own folder
     config = registry.config_from_flat(flat)
     if "server.min-nodes" not in flat:
-        server = config.server.model_copy(update={"min_nodes": config.simulation.clients})
+        server = config.server.model_copy(update={"min_nodes": nodes or config.simulation.clients})
         config = config.model_copy(update={"server": server})
     registry.check(config)
-    _check_simulation(config)
-    job = Job(app, config, folder)
+    cluster = ask(ray_address) if ray_address is not None else None
+    if nodes is None:
+        _check_simulation(config, cluster)
+    job = Job(app, config, folder, cluster)
     _check_run_folder(job, saved_clients=saved.get("simulation.clients") if resume is not None else None)
     return job
 
@@ -117,28 +131,28 @@ def simulate(job: Job, console: Console, *, quiet: bool = False) -> int:
         quiet: print errors and the closing lines only.
     """
     try:
-        with PrivateSuperLink() as link:
+        with PrivateSuperLink(ray_address=job.cluster.address if job.cluster else None) as link:
             staged = stage(job.app, job.config, link.home / "staged-app")
-            run_id = link.start_run(staged, federation_config(job.config))
+            run_id = link.start_run(staged, federation_config(job.config, job.cluster))
             try:
                 outcome = watch(link, run_id, job.run_dir, Display(console, quiet))
             except (KeyboardInterrupt, SystemExit):
                 console.print("stopping the run …", style="yellow")
-                _save_log(link, run_id, job.run_dir)
+                save_log(link, run_id, job.run_dir, link.log())
                 link.stop_run(run_id)
                 raise
-            log = _save_log(link, run_id, job.run_dir)
+            log = save_log(link, run_id, job.run_dir, link.log())
     except KeyboardInterrupt:
-        console.print(_resume_hint(job), markup=False, soft_wrap=True)
+        console.print(resume_hint(job), markup=False, soft_wrap=True)
         return INTERRUPTED
     if outcome.good:
-        _print_results(job, outcome.history, console)
+        print_results(job, outcome.history, console)
         return 0
-    _print_failure(job, outcome, log)
+    print_failure(job, outcome, log)
     return 1
 
 
-def federation_config(config: RunConfig) -> dict[str, int | float]:
+def federation_config(config: RunConfig, cluster: RayCluster | None = None) -> dict[str, int | float]:
     """What ``flwr run --federation-config`` needs to know."""
     simulation = config.simulation
     told: dict[str, int | float] = {
@@ -146,7 +160,8 @@ def federation_config(config: RunConfig) -> dict[str, int | float]:
         "client-resources-num-cpus": simulation.cpus_per_client,
         "client-resources-num-gpus": simulation.gpus_per_client,
     }
-    if (needed := clients_at_once(config) * simulation.cpus_per_client) > (os.cpu_count() or 1):
+    needed = clients_at_once(config) * simulation.cpus_per_client
+    if cluster is None and needed > (os.cpu_count() or 1):
         # Flower takes no fraction of a CPU for a client, but a number of CPUs for Ray to count with.
         told["init-args-num-cpus"] = needed
     return told
@@ -170,11 +185,15 @@ def print_plan(job: Job, data: DataSummary, console: Console) -> None:
     grid.add_row("model", f"{config.model.name}, LoRA rank {config.lora.rank}")
     for label, text in data.lines():
         grid.add_row(label, text)
-    grid.add_row("machine", placement(config, os.cpu_count() or 1, _gpus()))
+    if job.cluster is None:
+        grid.add_row("machine", placement(config, os.cpu_count() or 1, _gpus()))
+    else:
+        at_a_time = _places(config, job.cluster)
+        grid.add_row("machines", f"{job.cluster.summary()}, room for {at_a_time} clients at a time")
     grid.add_row("results", str(job.run_dir))
     console.print(Text(f"fedllm {__version__} · {config.run.name}", style="bold"))
     console.print(grid)
-    if _gpus() and config.simulation.gpus_per_client == 0:
+    if job.cluster is None and _gpus() and config.simulation.gpus_per_client == 0:
         hint = "a GPU is idle: give each client a share, for example -c simulation.gpus-per-client=0.25"
         console.print(Text(hint, style="yellow"))
 
@@ -210,13 +229,25 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _check_simulation(config: RunConfig) -> None:
+def _places(config: RunConfig, cluster: RayCluster) -> int:
+    return cluster.places(config.simulation.cpus_per_client, config.simulation.gpus_per_client)
+
+
+def _check_simulation(config: RunConfig, cluster: RayCluster | None) -> None:
     simulation, server = config.simulation, config.server
     if server.min_nodes > simulation.clients:
         raise ConfigError(
             f"server.min-nodes is {server.min_nodes}, but simulation.clients is {simulation.clients}: "
             "the run would wait for nodes that never come; raise the clients or lower min-nodes"
         )
+    if cluster is not None:
+        cluster.check(simulation.cpus_per_client, simulation.gpus_per_client, clients_at_once(config))
+    else:
+        _check_this_machine(config)
+
+
+def _check_this_machine(config: RunConfig) -> None:
+    simulation = config.simulation
     cpus = os.cpu_count() or 1
     if simulation.cpus_per_client > cpus:
         raise ConfigError(
@@ -259,21 +290,23 @@ def _check_run_folder(job: Job, saved_clients: Scalar | None) -> None:
         )
 
 
-def _save_log(link: PrivateSuperLink, run_id: str, run_dir: Path) -> str:
+def save_log(link: FlowerCommands, run_id: str, run_dir: Path, superlink_log: str) -> str:
     """Keep what Flower and the apps have printed in ``flower.log``, and return what the apps have."""
     app_log = link.app_log(run_id)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "flower.log").write_text(f"{app_log}\n--- SuperLink ---\n{link.log()}", encoding="utf-8")
+    (run_dir / "flower.log").write_text(f"{app_log}\n--- SuperLink ---\n{superlink_log}", encoding="utf-8")
     return app_log
 
 
-def _resume_hint(job: Job) -> str:
+def resume_hint(job: Job) -> str:
+    """How to go on with a run that has ended early."""
     if not any((job.run_dir / "checkpoints").glob("*")):
         return "no round was finished, so there is nothing to go on with"
-    return f"go on with it: fedllm simulate {job.folder} --resume {job.config.run.name}"
+    return f"go on with it: {job.command} {job.folder} --resume {job.config.run.name}"
 
 
-def _print_failure(job: Job, outcome: Outcome, app_log: str) -> None:
+def print_failure(job: Job, outcome: Outcome, app_log: str) -> None:
+    """Say why a run failed, where its log is and how to go on with it."""
     console = Console(stderr=True, highlight=False)
     told = outcome.ended and outcome.history.failure
     reason = (
@@ -286,10 +319,11 @@ def _print_failure(job: Job, outcome: Outcome, app_log: str) -> None:
     )
     if not told:
         console.print(Text(last_traceback(app_log) or tail(app_log), style="dim"), soft_wrap=True)
-    console.print(f"log: {job.run_dir / 'flower.log'}\n{_resume_hint(job)}", markup=False, soft_wrap=True)
+    console.print(f"log: {job.run_dir / 'flower.log'}\n{resume_hint(job)}", markup=False, soft_wrap=True)
 
 
-def _print_results(job: Job, history: RunHistory, console: Console) -> None:
+def print_results(job: Job, history: RunHistory, console: Console) -> None:
+    """Say how a run went and where its results are."""
     metrics = ", ".join(f"{name} {format_value(value)}" for name, value in history.final_metrics.items())
     verdict = f"finished in {format_seconds(history.seconds)}: {metrics or 'no test metrics'}"
     console.print(Text(verdict, style="bold green"))

@@ -10,11 +10,9 @@ import fcntl
 import hashlib
 import json
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -24,6 +22,7 @@ import fedllm
 from fedllm.config import DataConfig
 from fedllm.encoded import Encoded
 from fedllm.errors import DataError
+from fedllm.kept import Kept
 from fedllm.rows import Rows
 from fedllm.tasks import Task
 
@@ -33,8 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEPT_IN_MEMORY = 4  # sets: the training and the test rows, and those of one run before
-_memory: OrderedDict[str, Encoded] = OrderedDict()
-_lock = Lock()
+SETS: Kept[Encoded] = Kept(
+    "tokenised set", lambda encoded: encoded.input_ids.nbytes + encoded.offsets.nbytes + encoded.labels.nbytes
+)
+"""The tokenised rows that this process has in memory."""
 _fingerprints: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, str]] = WeakKeyDictionary()
 
 
@@ -49,19 +50,14 @@ def encode_cached(
         DataError: as ``task.encode``.
     """
     key = cache_key(task, rows, tokenizer, data, labels)
-    with _lock:
-        if key not in _memory:
-            _memory[key] = _from_disk_or_encode(key, task, rows, tokenizer, data, labels)
-            while len(_memory) > _KEPT_IN_MEMORY:
-                _memory.popitem(last=False)
-        _memory.move_to_end(key)
-        return _memory[key]
+    return SETS.get(
+        key, lambda: _from_disk_or_encode(key, task, rows, tokenizer, data, labels), _KEPT_IN_MEMORY
+    )
 
 
 def clear_memory() -> None:
     """Forget the sets in memory; files stay."""
-    with _lock:
-        _memory.clear()
+    SETS.clear()
 
 
 def cache_folder(data: DataConfig) -> Path:

@@ -15,10 +15,10 @@ from rich.live import Live
 from rich.spinner import Spinner
 
 from fedllm.events import Event
+from fedllm.flower import FlowerCommands, RunStatus, SuperLinkError
 from fedllm.history import RunHistory
 from fedllm.narration import summary_line
 from fedllm.progress import RunView, follow_events
-from fedllm.superlink import PrivateSuperLink, RunStatus, SuperLinkError
 
 _STATUS_INTERVAL = 3.0
 _STARTING = "starting Flower and Ray …"
@@ -49,7 +49,7 @@ class Outcome:
 class _StatusPoll(threading.Thread):
     """Asks Flower every few seconds how the run is doing; ``finished`` is set at its end."""
 
-    def __init__(self, link: PrivateSuperLink, run_id: str) -> None:
+    def __init__(self, link: FlowerCommands, run_id: str) -> None:
         super().__init__(daemon=True)
         self.finished = threading.Event()
         self.status = RunStatus("pending", "")
@@ -69,11 +69,11 @@ class _StatusPoll(threading.Thread):
 class Display:
     """Shows a run while it goes on: a live view on a terminal, else one line a round, or nothing if quiet."""
 
-    def __init__(self, console: Console, quiet: bool) -> None:
+    def __init__(self, console: Console, quiet: bool, starting: str = _STARTING) -> None:
         self.view = RunView()
         self._console, self._quiet = console, quiet
-        self._waiting = True
-        self._spinner = Spinner("dots", text=_STARTING)
+        self._waiting, self._starting = True, starting
+        self._spinner = Spinner("dots", text=starting)
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class Display:
             self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
             self._live.start()
         else:
-            self._console.print(_STARTING)
+            self._console.print(self._starting)
         return self
 
     def __exit__(
@@ -106,7 +106,7 @@ class Display:
         return self._spinner if self._waiting else self.view.render()
 
 
-def watch(link: PrivateSuperLink, run_id: str, run_dir: Path, display: Display) -> Outcome:
+def watch(link: FlowerCommands, run_id: str, run_dir: Path, display: Display) -> Outcome:
     """Show the run's events until Flower says that it is over.
 
     Raises:

@@ -239,7 +239,7 @@ def test_the_cache_keeps_the_widths_used_last():
     del second
     third = planned(4, model__cache_bundles=2)
     gc.collect()
-    assert len(models._BUNDLES) == 2
+    assert len(models.BUNDLES) == 2
     assert watched() is None
     assert model() is None
     assert planned(32, model__cache_bundles=2) is first

@@ -20,11 +20,12 @@ LAYERS = [
         "generation",
         "tokenization",
     }
-    | {"live_memory", "tangents", "outcomes", "curvature"},
+    | {"live_memory", "tangents", "outcomes", "curvature", "logs", "kept", "interruption"},
     {"models", "model_sources", "base_models", "tiny_models", "lora_targets", "checkpoint", "events", "sinks"}
+    | {"metrics", "prometheus_sink"}
     | {"data", "data_sources", "run_rows", "rows", "chatterbot", "token_cache", "partition", "progress_bars"}
     | {"history", "narration", "frozen"}
-    | {"adapter_ranks", "model_spec", "importance_report", "planned", "resources"},
+    | {"adapter_ranks", "model_spec", "importance_report", "planned", "resources", "peak_memory"},
     {
         "accumulate",
         "spool",
@@ -34,7 +35,6 @@ LAYERS = [
         "rounds",
         "update",
         "split",
-        "node",
         "registry",
         "wrapper",
         "hostile",
@@ -42,8 +42,8 @@ LAYERS = [
     | {"adapter_means", "aggregation"},
     {"server", "client", "report", "plots", "plan_plot", "verdict_plot", "progress"},
     {"server_app", "client_app", "simulate", "superlink", "watch", "doctor", "scaffold", "listing"}
-    | {"app_config", "processes", "mode_advice"},
-    {"cli"},
+    | {"app_config", "processes", "mode_advice", "flower", "node", "ray_cluster"},
+    {"cli", "node_cli"},
     {"__main__"},
 ]
 PURE = {"torch", "numpy", "scipy", *sys.stdlib_module_names}

@@ -106,11 +106,13 @@ def test_simulate_passes_its_options_on_and_returns_the_runs_exit_code(run, monk
     monkeypatch.setattr(simulate, "check_inputs", lambda config: None)
     monkeypatch.setattr(simulate, "simulate", lambda job, console, quiet: 1 if quiet else 0)
     code, _, _ = run(
-        "simulate", tmp_path, "-c", "a=1", "-c", "b=2", "--clients", 3, "--rounds", 2, "-q", "--resume", "r"
-    )
+        "simulate", tmp_path, "-c", "a=1", "-c", "b=2", "--clients", 3, "--rounds", 2, "-q", "--resume", "r",
+        "--ray-address", "head:6379",
+    )  # fmt: skip
     assert code == 1
     assert seen == {
-        "folder": tmp_path, "overrides": ["a=1", "b=2"], "name": None, "resume": "r", "clients": 3, "rounds": 2
+        "folder": tmp_path, "overrides": ["a=1", "b=2"], "name": None, "resume": "r", "clients": 3, "rounds": 2,
+        "ray_address": "head:6379",
     }  # fmt: skip
 
 

@@ -13,14 +13,15 @@ import psutil
 import pytest
 from rich.console import Console
 
-from fedllm import registry, simulate, superlink, watch
+from fedllm import flower, registry, simulate, watch
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, RegistryError
 from fedllm.events import EventBus, JsonlSink
+from fedllm.flower import RunStatus, SuperLinkError, tail
 from fedllm.history import RunHistory
 from fedllm.processes import clean_up, of_home
 from fedllm.simulate import federation_config, placement, prepare
-from fedllm.superlink import PrivateSuperLink, RunStatus, SuperLinkError, tail
+from fedllm.superlink import PrivateSuperLink
 from fedllm.watch import Display, Outcome, last_traceback
 
 PYPROJECT = """
@@ -305,7 +306,7 @@ def judge(folder, capsys, status, history=None, ended=False, log=LOG):
     job = prepare(folder, name="first")
     outcome = Outcome(status, history or RunHistory(), ended)
     assert not outcome.good
-    simulate._print_failure(job, outcome, log)
+    simulate.print_failure(job, outcome, log)
     return job, capsys.readouterr().err
 
 
@@ -339,7 +340,7 @@ def commands(tmp_path, monkeypatch):
             path = tmp_path / name.replace("_", "-")
             path.write_text(f"#!{sys.executable}\n{body}\n")
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setattr(superlink, "executable", lambda name: str(tmp_path / name))
+        monkeypatch.setattr(flower, "executable", lambda name: str(tmp_path / name))
 
     return install
 
@@ -358,9 +359,9 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 def test_commands_are_found_beside_the_interpreter(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert os.path.isfile(superlink.executable("flower-superlink"))
+    assert os.path.isfile(flower.executable("flower-superlink"))
     with pytest.raises(SuperLinkError, match=r"flwr\[simulation\]"):
-        superlink.executable("no-such-command")
+        flower.executable("no-such-command")
 
 
 def test_a_superlink_that_dies_is_told_with_its_log(commands):
@@ -389,7 +390,7 @@ def test_the_connection_and_environment_of_flower_are_private(commands, monkeypa
     commands(flower_superlink=SERVE, flwr=reply)
     with PrivateSuperLink() as link:
         assert link.start_run(link.home, {"num-supernodes": 2}) == "7"
-        environment = link._flwr("list")["env"]
+        environment = link.call("list")["env"]
         assert environment["FLWR_HOME"] == str(link.home)
         assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
         assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
@@ -422,8 +423,8 @@ def test_a_signal_cleans_up(commands, tmp_path):
     commands(flower_superlink=SERVE)
     code = (
         "import sys, time\n"
-        "from fedllm import superlink\n"
-        f"superlink.executable = lambda name: {str(tmp_path)!r} + '/' + name\n"
+        "from fedllm import flower, superlink\n"
+        f"flower.executable = lambda name: {str(tmp_path)!r} + '/' + name\n"
         "with superlink.PrivateSuperLink() as link:\n"
         "    print(link.home, flush=True)\n"
         "    time.sleep(60)\n"

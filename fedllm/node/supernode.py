@@ -1,0 +1,102 @@
+"""A node: the resident worker and Flower's SuperNode, kept running by a supervisor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import tomli_w
+
+from fedllm.errors import FedLLMError
+from fedllm.flower import environment, executable
+from fedllm.node.settings import NodeSettings
+from fedllm.node.supervise import Backoff, Part, Supervisor
+from fedllm.superlink import free_port
+
+WORKER, SUPERNODE = "worker", "supernode"
+_HEALTH_TIMEOUT = 1.0
+_ADVICE = {
+    "[code: 2004]": "the SuperLink does not know the node's key or has revoked it: `fedllm nodes register`",
+    "Failed to initialize the connection": "`fedllm doctor --node` says what is wrong",
+}
+_CONNECTED = "SuperNode ID:"  # Flower prints it when the SuperLink has admitted the node
+
+
+def supervisor(
+    settings: NodeSettings, *, backoff: Backoff | None = None, echo: Callable[[str], None] | None = None
+) -> Supervisor:
+    """The supervisor of a node; its :meth:`~Supervisor.run` returns after SIGTERM.
+
+    Raises:
+        SuperLinkError: Flower is not installed.
+    """
+    parts = [worker_part(settings)] if settings.worker else []
+    return Supervisor(
+        f"node {settings.title}",
+        [*parts, supernode_part(settings)],
+        settings.state,
+        backoff=backoff,
+        echo=echo,
+    )
+
+
+def worker_part(settings: NodeSettings) -> Part:
+    """The resident worker of a node."""
+    command = [sys.executable, "-m", "fedllm.node.worker", "--socket", str(settings.socket)]
+    if settings.worker_memory:
+        command += ["--memory-limit", settings.worker_memory]
+    if settings.metrics_port:
+        command += ["--metrics-port", str(settings.metrics_port)]
+
+    def ready(lines: Sequence[str]) -> bool:
+        from fedllm.node import health
+
+        try:
+            health.ask(settings.socket, _HEALTH_TIMEOUT)
+        except (FedLLMError, OSError):
+            return False
+        return True
+
+    home = settings.state / "home" / WORKER
+    return Part(
+        WORKER, lambda: command, home, part_environment(home, settings.threads), ready, settings.state
+    )
+
+
+def supernode_part(settings: NodeSettings) -> Part:
+    """Flower's SuperNode, with what the node is told in a file beside its logs."""
+    home = settings.state / "home" / SUPERNODE
+
+    def command() -> list[str]:
+        told = settings.state / "node-config.toml"
+        told.write_text(tomli_w.dumps(settings.node_config()), encoding="utf-8")
+        line = [
+            executable("flower-supernode"),
+            "--superlink", settings.superlink,
+            "--root-certificates", str(settings.root_certificates),
+            "--auth-supernode-private-key", str(settings.private_key),
+            "--node-config", str(told),
+            "--isolation", "subprocess",
+            "--host", "127.0.0.1",
+            "--port", str(settings.runtime_port or free_port()),
+        ]  # fmt: skip
+        if settings.health_address:
+            line += ["--health-server-address", settings.health_address]
+        return line
+
+    return Part(
+        SUPERNODE,
+        command,
+        home,
+        part_environment(home, settings.threads),
+        lambda lines: any(_CONNECTED in line for line in lines),
+        settings.state,
+        _ADVICE,
+    )
+
+
+def part_environment(home: Path, threads: int) -> Mapping[str, str]:
+    """Flower's environment for a part, with its number of CPU threads; 0: all CPUs."""
+    limited = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return {**environment(home), **limited}
