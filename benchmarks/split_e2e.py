@@ -75,8 +75,8 @@ def run_arm(folder: Path, settings: Mapping[str, str | int], rounds: int, seed: 
     job = prepare(ROOT / "examples" / "split_learning", overrides, name="arm", rounds=rounds)
     run_app(app_config.stage(job.app, job.config, folder / "app"), federation_config(job.config))
     events = read_events(job.run_dir / "events.jsonl")
-    if lost := [event["node"] for event in events if event["event"] == "node-dropped"]:
-        raise RuntimeError(f"nodes {', '.join(sorted(set(lost)))} were dropped: unequal numbers of samples")
+    if lost := [f"node {e['node']}: {e['reason']}" for e in events if e["event"] == "node-dropped"]:
+        raise RuntimeError("the arms would see unequal numbers of samples: " + "; ".join(lost))
     measured = [event["metrics"]["perplexity"] for event in events if event["event"] == "evaluated"]
     replies = sum(event["replies"] for event in events if event["event"] == "aggregated")
     return Outcome(
@@ -121,6 +121,7 @@ def main() -> None:
         "train.local-steps": steps,
         "server.evaluate-every": rounds,
         "server.node-timeout": 600,  # a machine with few CPUs takes long to start all workers
+        "split.connect-timeout": 600.0,
         "simulation.gpus-per-client": args.gpus_per_client,
     }
     settings = arms(count_blocks(args.model))

@@ -43,8 +43,6 @@ class Surroundings:
         found_first = tuple(entry for entry in module_folders if entry not in path)
         self._forget_modules(found_first)
         torch.manual_seed(self._seed)
-        torch.set_default_dtype(self._dtype)
-        torch.set_grad_enabled(True)
         try:
             os.chdir(folder)
         except OSError as error:
@@ -56,6 +54,8 @@ class Surroundings:
         try:
             yield
         finally:
+            torch.set_default_dtype(self._dtype)
+            torch.set_grad_enabled(True)
             sys.path[:] = path
             os.chdir(self._folder)
             _restore(self._environment)

@@ -2,11 +2,10 @@
 
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-from fedllm import registry
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KEYS = {
@@ -79,14 +78,14 @@ def test_figures_have_the_keys_that_are_asked_for(benchmark):
 
 
 def test_finished_runs_are_not_repeated(benchmark, tmp_path):
-    config, other = (registry.config_from_flat({"seed": seed}) for seed in (1, 2))
+    settings, file = {"seed": 1, "minutes": 1.0}, str(tmp_path / "new" / "partial.json")
     outcome = benchmark.Outcome(0.5, 3, 30, 100, [(1.0, 0.4), (2.0, 0.5)])
-    benchmark.Partial(tmp_path / "new" / "partial.json").put(config, 60.0, outcome)
-    again = benchmark.Partial(tmp_path / "new" / "partial.json")
-    found = again.get(config, 60.0)
+    benchmark.Finished(file).put(settings, asdict(outcome))
+    again = benchmark.Finished(file)
+    found = benchmark.Outcome(**again.get(settings))
     assert (found.accuracy, found.rounds, [tuple(point) for point in found.curve]) == (0.5, 3, outcome.curve)
-    assert again.get(other, 60.0) is None
-    assert again.get(config, 61.0) is None
+    assert again.get({**settings, "seed": 2}) is None
+    assert again.get({**settings, "minutes": 2.0}) is None
 
 
 def test_it_says_what_to_pass_when_the_data_is_absent(benchmark, tmp_path, monkeypatch):

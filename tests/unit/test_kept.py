@@ -9,13 +9,12 @@ from fedllm.kept import Kept, kept_bytes, limit_kept_bytes
 
 
 @pytest.fixture
-def kinds():
+def kinds(monkeypatch):
+    """Two kinds, without the models that other tests in this process have left."""
+    monkeypatch.setattr("fedllm.kept._kinds", [])
     kinds = Kept("letter", len), Kept("digit", len)
-    before = kept_bytes()
-    yield (*kinds, before)
+    yield (*kinds, kept_bytes())
     limit_kept_bytes(None)
-    for kind in kinds:
-        kind.clear()
 
 
 def put(kind, key, size, at_most=9):
