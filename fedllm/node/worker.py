@@ -7,7 +7,6 @@ they would in a process of their own; gRPC's threads only let messages in and se
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -15,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +27,7 @@ from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedllm import __version__, client, interruption, kept, logs, models, token_cache
+from fedllm.allocator import give_back_memory
 from fedllm.errors import ConfigError, FedLLMError, WorkerError
 from fedllm.mode_advice import parse_bytes
 from fedllm.node.endpoint import bind, owned
@@ -164,7 +163,7 @@ class Worker:
             SystemExit: an error of the GPU has made it useless to this process; another one must take over.
         """
         gc.collect()
-        _give_back()
+        give_back_memory()
         if _on_gpu():
             try:
                 torch.cuda.synchronize()
@@ -192,19 +191,6 @@ def _gpu_bytes() -> int:
     if not _on_gpu():
         return 0
     return sum(torch.cuda.memory_reserved(index) for index in range(torch.cuda.device_count()))
-
-
-def _malloc_trim() -> Callable[[int], int] | None:
-    """The C library's function that gives freed memory back to the system, if it has one."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
-
-
-_TRIM = _malloc_trim()
-
-
-def _give_back() -> None:
-    if _TRIM is not None:
-        _TRIM(0)
 
 
 def _leave_on_signals(worker: Worker) -> None:

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedllm.accumulate import Reply
+from fedllm.allocator import give_back_memory
 from fedllm.errors import SplitError
 from fedllm.frozen import frozen_products
 from fedllm.models import ModelBundle
@@ -168,6 +169,7 @@ class ServerRound:
             if self._thread.is_alive():
                 raise SplitError(f"the split trainer did not stop within {_JOIN_SECONDS:g} s")
         self._contexts.close()
+        give_back_memory()
 
     def replies(self, examples: Mapping[str, float]) -> Iterator[Reply]:
         """What the server learned, one reply for each block, weighed by the clients for which it did the block.

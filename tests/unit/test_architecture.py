@@ -20,7 +20,7 @@ LAYERS = [
         "generation",
         "tokenization",
     }
-    | {"live_memory", "tangents", "outcomes", "curvature", "logs", "kept", "interruption"},
+    | {"allocator", "live_memory", "tangents", "outcomes", "curvature", "logs", "kept", "interruption"},
     {"models", "model_sources", "base_models", "tiny_models", "lora_targets", "checkpoint", "events", "sinks"}
     | {"metrics", "prometheus_sink"}
     | {"data", "data_sources", "run_rows", "rows", "chatterbot", "token_cache", "partition", "progress_bars"}
