@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,7 +179,7 @@ def draw(found: Sequence[Row], path: Path, share: float) -> None:
 
 
 def cost(clients: int, parameters: int) -> dict[str, float]:
-    """Seconds a round to sketch and judge on one thread, and bytes that are kept, against holding all updates."""
+    """Seconds a round to sketch and judge, and bytes that are kept, against holding all updates."""
     sketcher, detector = Sketcher(512), Detector(512)
     start, new = torch.zeros(parameters), torch.randn(parameters)
     names, seconds = [str(index) for index in range(clients)], []
@@ -235,6 +236,7 @@ def main() -> None:
             for name in names
         ]
         draw(found, Path(args.png or Path(args.csv).with_suffix(".png")), 0.8)
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
     spent = cost(100, 1_000_000 if args.quick else 10_000_000)
     if args.cost_only:
         rows += spent.items()

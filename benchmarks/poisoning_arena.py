@@ -166,12 +166,13 @@ class Rule:
 class Judged:
     """A rival with memory: the mean of those that it keeps."""
 
-    def __init__(self, judge: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        self._judge = judge
+    def __init__(self, rival: TemporalCosine | PaperDetector | Flanders | FLDetector) -> None:
+        self._rival = rival
 
     def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
         """See :class:`Defence`."""
-        kept, _ = self._judge(scene.updates)
+        names = [str(index) for index in range(len(scene.updates))]
+        kept, _ = self._rival.judge(names, scene.updates)
         return scene.updates[kept].mean(0), kept
 
 
@@ -226,16 +227,7 @@ def _oracle(scene: Scene) -> Tensor:
 def defences(n: int, hostile: int, seed: int) -> dict[str, Callable[[], Defence]]:
     """Defence by name; those that need it are told how many clients are hostile, or the most that they can take."""
     f = min(hostile, (n - 1) // 2) if hostile else 0
-    names = [str(index) for index in range(n)]
     noise = torch.Generator().manual_seed(derive_seed(seed, "dnc"))
-
-    def temporal() -> Defence:
-        rival = TemporalCosine(n - hostile)
-        return Judged(lambda updates: rival.judge(names, updates))
-
-    def paper() -> Defence:
-        rival = PaperDetector(n - hostile, seed=seed)
-        return Judged(lambda updates: rival.judge(names, updates))
 
     def bounded(scene: Scene) -> Tensor:
         norms = scene.updates.norm(dim=1)
@@ -260,10 +252,10 @@ def defences(n: int, hostile: int, seed: int) -> dict[str, Callable[[], Defence]
         "dnc": lambda: Weights(lambda s: rules.dnc_weights(s.updates, f, noise)),
         "nnm-trimmed-mean": lambda: Rule(lambda x: rules.trimmed_mean(rules.nnm(x, f), f)),
         "fltrust": lambda: Weights(trusting),
-        "fldetector": lambda: Judged(FLDetector().judge),
-        "flanders": lambda: Judged(Flanders(n - hostile, seed=seed).judge),
-        "temporal-cosine": temporal,
-        "vert-paper": paper,
+        "fldetector": lambda: Judged(FLDetector()),
+        "flanders": lambda: Judged(Flanders(n - hostile, seed=seed)),
+        "temporal-cosine": lambda: Judged(TemporalCosine(n - hostile)),
+        "vert-paper": lambda: Judged(PaperDetector(n - hostile, seed=seed)),
         "vert": lambda: Vert(seed),
         "vert-known": lambda: Vert(seed, keep=float(n - hostile)),
         "vert-root": lambda: Vert(seed, root=True),

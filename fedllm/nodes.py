@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedllm import __version__
 from fedllm.errors import PlanError
 from fedllm.events import EventBus
 from fedllm.narration import printable
@@ -43,7 +44,8 @@ class NodeDirectory:
     """Keeps track of connected nodes; asks each newcomer once for its description.
 
     A node whose app does not know ``query.describe`` (any stock Flower ClientApp) takes part under its node id.
-    A node that answers with an error of its own, for instance an unreadable data file, is rejected by name.
+    A node that answers with an error of its own, for instance an unreadable data file, is rejected by name, and so is
+    one with another version of fedllm: records and update rules may differ between versions.
     """
 
     def __init__(
@@ -138,6 +140,15 @@ class NodeDirectory:
         name = str(description.get("name", node_id))
         if "error" in description:
             self._reject(node_id, name, str(description["error"]))
+            return
+        version = description.get("version", __version__)
+        if version != __version__:
+            self._reject(
+                node_id,
+                name,
+                f"the node has fedllm {str(version)[:_MAX_NAME]}, the server {__version__}; install the same "
+                "version on both and start the node again",
+            )
             return
         count = description.get(NUM_EXAMPLES, 0)
         if len(name) > _MAX_NAME or len(str(dict(description))) > _MAX_TEXT:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from fedllm.strategies.flat_updates import Tensors, flat_update, overwrite, set_update
 from fedllm.strategies.vert.sketch import Sketch, Sketcher
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -23,13 +24,11 @@ from torch import Tensor
 from fedllm.config import RunConfig
 from fedllm.errors import PlanError
 from fedllm.events import EventBus
-from fedllm.records import decode, encode_like, only_arrays
+from fedllm.records import decode, only_arrays
 from fedllm.spool import ReplySpool
 from fedllm.wrapper import StrategyWrapper
 
 logger = logging.getLogger(__name__)
-
-Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,14 @@ class Verdict:
         factors: ``[n]``; 0: rejected, else the update is multiplied by it.
         scores: ``[n]``, the larger the more trusted.
         details: further fields of the ``verdict`` event.
+        replacement: an update ``[d]`` that every kept reply carries instead of its own, so that the inner strategy's
+            mean, whatever its weights, is this update; None: replies keep theirs.
     """
 
     factors: Tensor
     scores: Tensor
     details: Mapping[str, Any] = field(default_factory=dict)
+    replacement: Tensor | None = None
 
 
 class ReplyFilter(StrategyWrapper):
@@ -115,7 +117,7 @@ class ReplyFilter(StrategyWrapper):
                 rejected = f"{type(self).__name__} rejected all {len(cohort.clients)} replies"
                 self.skip_reason = f"{rejected}; the model stays as it was"
                 return None, None
-            return self.inner.aggregate_train(server_round, self._kept(spool, verdict.factors.tolist()))
+            return self.inner.aggregate_train(server_round, self._kept(spool, verdict))
 
     def _gather(self, replies: Iterable[Message], spool: ReplySpool) -> Cohort:
         clients, sketches, norms = list[str](), list[Tensor](), list[float]()
@@ -145,9 +147,12 @@ class ReplyFilter(StrategyWrapper):
 
     def _tensors(self, message: Message) -> tuple[Tensors, Tensors]:
         """What the client was sent, and its reply; the first is empty if replies are updates already."""
-        sent = self.sent_tensors(message.metadata.src_node_id)
-        new = decode(only_arrays(message), sent)
-        return (sent if self.replies_are_adapters else {}), new
+        new = decode(only_arrays(message), self.sent_tensors(message.metadata.src_node_id))
+        return self._base(message), new
+
+    def _base(self, message: Message) -> Tensors:
+        """What a reply is relative to: what its client was sent, or nothing if replies are updates already."""
+        return self.sent_tensors(message.metadata.src_node_id) if self.replies_are_adapters else {}
 
     def sent_tensors(self, node_id: int) -> Tensors:
         """What a client was sent in this round."""
@@ -156,27 +161,25 @@ class ReplyFilter(StrategyWrapper):
             self._decoded = (record, decode(record))
         return self._decoded[1]
 
-    def _kept(self, spool: ReplySpool, factors: Sequence[float]) -> Iterator[Message]:
-        for index, factor in enumerate(factors):
+    def _kept(self, spool: ReplySpool, verdict: Verdict) -> Iterator[Message]:
+        for index, factor in enumerate(verdict.factors.tolist()):
             message = spool.take(index)
-            if factor == 1:
-                yield message
-            elif factor != 0:
+            if factor == 0:
+                continue
+            if verdict.replacement is not None:
+                set_update(only_arrays(message), self._base(message), verdict.replacement)
+            elif factor != 1:
                 self._scale(message, factor)
-                yield message
+            yield message
 
     def _scale(self, message: Message, factor: float) -> None:
         """Multiply the update of a reply by a factor; a LoRA product follows to first order in the change."""
         sent, new = self._tensors(message)
-        record = only_arrays(message)
         scaled = {
             name: factor * value if not sent else torch.lerp(sent[name].to(value), value, factor)
             for name, value in new.items()
         }
-        # What was encoded lossily is handed on in float32, which every reader of such replies takes as well.
-        dtypes = {name: array.dtype for name, array in record.items() if array.stype == "numpy.ndarray"}
-        for name, array in encode_like(scaled, dtypes).items():
-            record[name] = array
+        overwrite(only_arrays(message), scaled)
 
     def _tell(self, server_round: int, cohort: Cohort, verdict: Verdict) -> None:
         fields = {
@@ -198,3 +201,20 @@ class ReplyFilter(StrategyWrapper):
             len(cohort.clients),
             f": {', '.join(rejected[:20])}{', …' if len(rejected) > 20 else ''}" if rejected else "",
         )
+
+
+class WholeUpdates(ReplyFilter):
+    """Base of filters that need every number of every update: all of a round's are in memory, n·d floats.
+
+    Args:
+        inner: any Flower strategy.
+        seed: of everything random.
+    """
+
+    def __init__(self, inner: Strategy, *, seed: int = 0) -> None:
+        super().__init__(inner, seed=seed)
+
+    def represent(self, start: Tensors, new: Tensors) -> Sketch:
+        """The whole update, flat: factors of adapters are plain arrays here."""
+        flat = flat_update(start, new)
+        return Sketch(flat, float(flat.norm()))

@@ -1,23 +1,81 @@
-"""A trusted update: the server trains on rows of its own with the update rule that the clients use."""
+"""A trusted update: the server trains on rows of its own with the update rule that the clients use.
+
+:class:`RootedFilter` is the base of the defences that compare with it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from fedllm.strategies.filtering import ReplyFilter
+from fedllm.strategies.vert.sketch import Sketch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedllm import registry
 from fedllm.config import RunConfig
 from fedllm.data import test_examples
 from fedllm.errors import ConfigError
+from fedllm.events import EventBus
+from fedllm.records import decode
 from fedllm.seeding import derive_seed
 from fedllm.tasks import get_task
 from fedllm.update import ClientUpdate, TrainJob
 
 if TYPE_CHECKING:
     from fedllm.models import ModelBundle
+
+
+RootUpdate = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""(round, global adapter) → what a client with trusted data replies: its adapter, or its gradient."""
+
+
+class RootedFilter(ReplyFilter):
+    """Base of filters that may compare with a trusted update.
+
+    Args:
+        inner: any Flower strategy.
+        root_examples: so many of the server's test rows are trusted; 0: none.
+        root: trusted update as a function instead of ``root_examples``.
+        kwargs: keywords of :class:`fedllm.strategies.filtering.ReplyFilter`.
+
+    Attributes:
+        root: the trusted update as a function, once the run is prepared; None: nothing is trusted.
+        root_sketch: sketch of the trusted update of this round.
+    """
+
+    def __init__(
+        self, inner: Strategy, *, root_examples: int = 0, root: RootUpdate | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(inner, **kwargs)
+        self._root_examples = root_examples
+        self.root = root
+        self.root_sketch: Sketch | None = None
+
+    def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
+        """Get the trusted data ready.
+
+        Raises:
+            ConfigError: there are fewer test rows than shall be trusted.
+        """
+        super().prepare(config, bundle, events)
+        if self.root is None and self._root_examples:
+            self.root = TrustedData(config, bundle, self._root_examples).train
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The inner strategy's messages; the trusted update of this round is computed first."""
+        self.root_sketch = None
+        if self.root is not None:
+            current = decode(arrays)
+            trained = self.root(server_round, current)
+            self.root_sketch = self.sketcher.update(current if self.replies_are_adapters else {}, trained)
+        return super().configure_train(server_round, arrays, config, grid)
 
 
 class TrustedData:
@@ -46,7 +104,7 @@ class TrustedData:
         self._update: ClientUpdate = registry.build("clients", config.client, parameters)
 
     def train(self, server_round: int, current: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The adapter after one local training on the trusted rows; the caller's random state stays as it was."""
+        """What a client with the trusted rows would reply; the caller's random state stays as it was."""
         seed = derive_seed(self._config.seed, server_round, "trusted update")
         self._bundle.load_adapter_state(current, any_ranks=True)
         with torch.random.fork_rng():

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from fedllm.node.connection import FederationFolder
 from fedllm.node.member import STARTUP, FederationError, Member
 from fedllm.node.settings import read_node, read_superlink
 from fedllm.node.superlink import SUPERLINK
+from fedllm.processes import start_guard
 from fedllm.superlink import free_port
 
 _FOLDERS = "node-{}"
@@ -85,7 +87,7 @@ class FederationRun:
 class Federation:
     """A TLS-secured, authenticated federation on the loopback interface of this machine.
 
-    As a context manager it starts on entry and stops on exit::
+    As a context manager it starts on entry and stops on exit, also if the process that has entered it is killed::
 
         with Federation(folder, nodes=3) as federation:
             run = federation.start_run(app, ["rounds=3"], name="first")
@@ -126,15 +128,25 @@ class Federation:
                 "`fedllm down --remove` removes it, or choose another folder"
             )
         self.nodes = [Member(self.folder / _FOLDERS.format(index), "node") for index in range(found)]
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self.start()
+        self._guard = start_guard(*(home for member in self._members() for home in member.homes))
+        try:
+            self.start()
+        except BaseException:
+            self._guard.communicate()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        try:
+            self.stop()
+        finally:
+            assert self._guard is not None
+            self._guard.communicate()
 
     @property
     def connection(self) -> FederationFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from fedllm.flower import tail
 from fedllm.node.superlink import SUPERLINK
 from fedllm.node.supernode import SUPERNODE, WORKER
 from fedllm.node.supervise import read_status
-from fedllm.processes import command_name, of_home
+from fedllm.processes import FLOWER_HOME, command_name, of_home
 
 STARTUP = 300.0
 _SHUTDOWN = 30.0
@@ -53,6 +54,7 @@ class Member:
         with (self.state / "supervisor.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fedllm", self.kind, str(self.settings_file)],
+                env={**os.environ, FLOWER_HOME: str(self.homes[0])},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -127,10 +129,14 @@ class Member:
             raise FederationError(f"{self.folder.name} has no running {part}")
         return int(pid)
 
+    @property
+    def homes(self) -> list[Path]:
+        """By which ``FLWR_HOME`` its processes are known: the supervisor's, then those of its parts."""
+        return [self.state / "home" / name for name in ("supervisor", SUPERLINK, SUPERNODE, WORKER)]
+
     def processes(self) -> list[psutil.Process]:
         """All processes that its parts have started, those of apps included; not the supervisor."""
-        homes = [self.state / "home" / part for part in (SUPERLINK, SUPERNODE, WORKER)]
-        return [process for home in homes for process in of_home(home)]
+        return [process for home in self.homes[1:] for process in of_home(home)]
 
     def app_process(self) -> psutil.Process | None:
         """The process of the ServerApp or ClientApp that runs now, if one does."""

@@ -12,15 +12,19 @@ from fedllm.errors import FedLLMError
 from fedllm.flower import environment, executable
 from fedllm.node.settings import NodeSettings
 from fedllm.node.supervise import Backoff, Part, Supervisor
+from fedllm.processes import command_name, of_home
 from fedllm.superlink import free_port
 
 WORKER, SUPERNODE = "worker", "supernode"
 _HEALTH_TIMEOUT = 1.0
+_TROUBLE_TIMEOUT = 10.0  # a worker that trains on all CPUs may be slow to answer
 _ADVICE = {
     "[code: 2004]": "the SuperLink does not know the node's key or has revoked it: `fedllm nodes register`",
     "Failed to initialize the connection": "`fedllm doctor --node` says what is wrong",
 }
 _CONNECTED = "SuperNode ID:"  # Flower prints it when the SuperLink has admitted the node
+_TAKEN, _SENDING = "Received successfully", "Sending: "  # and these around its work on a message
+_CLIENT_APP = "flwr-clientapp"
 
 
 def supervisor(
@@ -58,10 +62,18 @@ def worker_part(settings: NodeSettings) -> Part:
             return False
         return True
 
+    def trouble(lines: Sequence[str]) -> str:
+        from fedllm.node import health
+
+        try:
+            health.ask(settings.socket, _TROUBLE_TIMEOUT)
+        except (FedLLMError, OSError) as error:
+            return str(error)
+        return ""
+
     home = settings.state / "home" / WORKER
-    return Part(
-        WORKER, lambda: command, home, part_environment(home, settings.threads), ready, settings.state
-    )
+    surroundings = part_environment(home, settings.threads)
+    return Part(WORKER, lambda: command, home, surroundings, ready, settings.state, trouble=trouble)
 
 
 def supernode_part(settings: NodeSettings) -> Part:
@@ -93,7 +105,24 @@ def supernode_part(settings: NodeSettings) -> Part:
         lambda lines: any(_CONNECTED in line for line in lines),
         settings.state,
         _ADVICE,
+        lambda lines: stuck(lines, home),
     )
+
+
+def stuck(lines: Sequence[str], home: Path) -> str:
+    """What is wrong if a SuperNode waits for an answer that nobody works on; else empty.
+
+    A SuperNode takes no further message, of any run, until the ClientApp has answered the last one. If that process
+    ends without an answer at the wrong moment, it waits for ever and looks healthy.
+
+    Args:
+        lines: what it has printed.
+        home: its ``FLWR_HOME``.
+    """
+    last = next((line for line in reversed(lines) if _TAKEN in line or _SENDING in line), "")
+    if _TAKEN not in last or any(command_name(process) == _CLIENT_APP for process in of_home(home)):
+        return ""
+    return "it has taken a message, but no ClientApp works on it"
 
 
 def part_environment(home: Path, threads: int) -> Mapping[str, str]:

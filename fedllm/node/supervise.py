@@ -53,6 +53,16 @@ class Backoff:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """How patiently a running process is asked whether it still does its work."""
+
+    interval: float = 30.0
+    """Seconds between two questions."""
+    misses: int = 4
+    """Bad answers in a row after which the process is killed and started anew."""
+
+
+@dataclass(frozen=True)
 class Part:
     """A process to keep running.
 
@@ -65,6 +75,8 @@ class Part:
             starts only then.
         folder: working directory.
         advice: what to do, by a part of the reason for its end.
+        trouble: judges a process that was ready once, by what it has printed so far or by asking it: what is wrong, or
+            empty; None: as long as it exists it is well.
     """
 
     name: str
@@ -74,6 +86,7 @@ class Part:
     ready: Callable[[Sequence[str]], bool]
     folder: Path
     advice: Mapping[str, str] = field(default_factory=dict)
+    trouble: Callable[[Sequence[str]], str] | None = None
 
 
 @dataclass
@@ -90,6 +103,9 @@ class _Running:
     next_start: float = 0.0
     reason: str = ""
     was_ready: bool = False
+    next_question: float = 0.0
+    misses: int = 0
+    trouble: str = ""
 
 
 class Supervisor:
@@ -100,6 +116,7 @@ class Supervisor:
         parts: in the order in which they start; they end in the opposite order.
         state: folder of logs and of the status file; only one supervisor can use it.
         backoff: pauses between restarts.
+        watch: how processes that run are watched.
         echo: gets every line that a part prints, as well as its log file.
 
     Raises:
@@ -113,10 +130,11 @@ class Supervisor:
         state: Path,
         *,
         backoff: Backoff | None = None,
+        watch: Watch | None = None,
         echo: Callable[[str], None] | None = None,
     ) -> None:
         self._title, self._state = title, state
-        self._backoff = backoff or Backoff()
+        self._backoff, self._watch = backoff or Backoff(), watch or Watch()
         try:
             self._running = [
                 _Running(part, PartLog(state / f"{part.name}.log", part.name, echo)) for part in parts
@@ -158,9 +176,25 @@ class Supervisor:
                 self._ended(one, code)
             elif one.state == "starting" and one.part.ready(one.log.lines()):
                 one.state, one.was_ready = "running", True
+                one.next_question, one.misses = time.monotonic() + self._watch.interval, 0
                 logger.info("%s: %s is ready (process %d)", self._title, one.part.name, one.process.pid)
+            elif one.state == "running":
+                self._ask(one)
             if not one.was_ready:
                 return  # the parts behind it need it
+
+    def _ask(self, one: _Running) -> None:
+        """Kill a process that exists but no longer does its work; its end is then handled like any other."""
+        if one.part.trouble is None or time.monotonic() < one.next_question:
+            return
+        trouble = one.part.trouble(one.log.lines())
+        one.next_question = time.monotonic() + self._watch.interval
+        one.misses = one.misses + 1 if trouble else 0
+        if one.misses >= self._watch.misses:
+            assert one.process is not None
+            one.trouble = f"{trouble}, {one.misses} times in {one.misses * self._watch.interval:g} s"
+            one.process.kill()  # a process that hangs does not heed SIGTERM
+            one.process.wait()
 
     def _try_start(self, one: _Running) -> None:
         """Start a part; a full disk or a missing command is tried again like a crash."""
@@ -185,12 +219,14 @@ class Supervisor:
         )
         assert one.process.stdout is not None
         one.log.begin()
+        one.trouble = ""
         threading.Thread(target=_copy, args=(one.process.stdout, one.log), daemon=True).start()
         one.state = "starting"
 
     def _ended(self, one: _Running, code: int) -> None:
         one.log.settle()
-        reason = one.log.reason() or (_KILLED if code == -signal.SIGKILL else "it printed no error")
+        reason = one.trouble or one.log.reason()
+        reason = reason or (_KILLED if code == -signal.SIGKILL else "it printed no error")
         advice = next((text for known, text in one.part.advice.items() if known in reason), "")
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         self._again(one, how, f"{reason} → {advice}" if advice else reason)

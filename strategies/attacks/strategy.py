@@ -7,13 +7,13 @@ memory. What an attacker does alone runs on the client (:mod:`fedllm.clients.att
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import torch
 from fedllm.strategies.attacks import colluding
+from fedllm.strategies.flat_updates import flat_update, set_update
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedllm.errors import PlanError
 from fedllm.hostile import HostileClients
-from fedllm.records import decode, encode_like, only_arrays
+from fedllm.records import decode, only_arrays
 from fedllm.wrapper import layers_of
 
 
@@ -78,30 +78,18 @@ class ColludingAttack(HostileClients):
                 crafted = self.craft(server_round, stacked[~mask], stacked[mask], names)
                 rewritten = (m for m, is_hostile in zip(messages, hostile, strict=True) if is_hostile)
                 for message, update in zip(rewritten, crafted, strict=True):
-                    self._replace(message, update)
+                    set_update(only_arrays(message), self._base(message), update)
         return self.inner.aggregate_train(server_round, iter(messages))
 
     def watch(self, server_round: int, own: Tensor, names: list[str]) -> None:
         """See the colluders' honest updates, before the attack begins, too."""
 
     def _update_of(self, message: Message) -> Tensor:
-        sent = self._current[message.metadata.src_node_id]
-        new = decode(only_arrays(message), sent)
-        base = sent if self.replies_are_adapters else {}
-        return torch.cat([(new[name] - base.get(name, 0)).flatten().float() for name in new])
+        new = decode(only_arrays(message), self._current[message.metadata.src_node_id])
+        return flat_update(self._base(message), new)
 
-    def _replace(self, message: Message, update: Tensor) -> None:
-        record, sent = only_arrays(message), self._current[message.metadata.src_node_id]
-        shapes = {name: array.shape for name, array in record.items()}
-        pieces = torch.split(update, [math.prod(shape) for shape in shapes.values()])
-        base = sent if self.replies_are_adapters else {}
-        forged = {
-            name: piece.view(shape) + base.get(name, 0)
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
-        dtypes = {name: array.dtype for name, array in record.items() if array.stype == "numpy.ndarray"}
-        for name, array in encode_like(forged, dtypes).items():
-            record[name] = array
+    def _base(self, message: Message) -> Mapping[str, Tensor]:
+        return self._current[message.metadata.src_node_id] if self.replies_are_adapters else {}
 
 
 class InnerProductManipulation(ColludingAttack):

@@ -2,38 +2,28 @@
 
 A rule that weighs clients unequally scales their updates, so that the inner strategy's mean gives the rule's result
 where all clients count alike; where they count by their examples, the weights multiply. Rules that mix coordinates
-(median, trimmed mean) are Flower's ``FedMedian`` and ``FedTrimmedAvg``, which go inside.
+stand in :mod:`.coordinates`, those that follow clients through rounds in :mod:`.following`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
 from fedllm.strategies.filtering import Cohort, ReplyFilter, Verdict
 from fedllm.strategies.robust import rules
-from fedllm.strategies.robust.temporal import TemporalCosine as TemporalCosineRule
+from fedllm.strategies.trusted import RootedFilter, RootUpdate
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
 from torch import Tensor
 
+from fedllm.errors import PlanError
 from fedllm.seeding import derive_seed
-
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class WeighingFilter(ReplyFilter):
-    """Base: weights of a round's updates, relative to an equal share each.
-
-    Args:
-        inner: any Flower strategy.
-        kwargs: keywords of :class:`fedllm.strategies.filtering.ReplyFilter`.
-    """
-
-    def __init__(self, inner: Strategy, **kwargs: Any) -> None:
-        super().__init__(inner, **kwargs)
+    """Base: weights of a round's updates, relative to an equal share each."""
 
     @abstractmethod
     def weights(self, server_round: int, cohort: Cohort) -> Tensor:
@@ -45,13 +35,13 @@ class WeighingFilter(ReplyFilter):
         return Verdict(weights * int((weights > 0).sum()), weights)
 
 
-class _AgainstShare(WeighingFilter):
+class AgainstShare(ReplyFilter):
     """Base of the rules that allow for a share of attackers.
 
     Args:
         inner: any Flower strategy.
         attackers: share of the clients that the rule allows for; below a half.
-        kwargs: keywords of :class:`fedllm.strategies.filtering.ReplyFilter`.
+        kwargs: keywords of the next base.
     """
 
     def __init__(
@@ -65,7 +55,7 @@ class _AgainstShare(WeighingFilter):
         return int(self._share * len(cohort.clients))
 
 
-class Krum(_AgainstShare):
+class Krum(AgainstShare, WeighingFilter):
     """Krum: the one update nearest to its neighbours (arXiv 1703.02757)."""
 
     def weights(self, server_round: int, cohort: Cohort) -> Tensor:
@@ -73,7 +63,7 @@ class Krum(_AgainstShare):
         return rules.krum_weights(cohort.sketches, self.attackers(cohort))
 
 
-class MultiKrum(_AgainstShare):
+class MultiKrum(AgainstShare, WeighingFilter):
     """Multi-Krum: the mean of the n − f updates nearest to their neighbours (arXiv 1703.02757)."""
 
     def weights(self, server_round: int, cohort: Cohort) -> Tensor:
@@ -81,7 +71,7 @@ class MultiKrum(_AgainstShare):
         return rules.multi_krum_weights(cohort.sketches, self.attackers(cohort))
 
 
-class DivideAndConquer(_AgainstShare):
+class DivideAndConquer(AgainstShare, WeighingFilter):
     """DnC: without the updates furthest out along the top singular vector (Shejwalkar and Houmansadr, NDSS 2021)."""
 
     def __init__(self, inner: Strategy, *, seed: int = 0, **kwargs: Any) -> None:
@@ -124,30 +114,35 @@ class NormBound(WeighingFilter):
         return rules.norm_bound_factors(cohort.norms, bound) / len(cohort.clients)
 
 
-class TemporalCosine(ReplyFilter):
-    """No training: cosine to a client's own last updates and the last means, the best are kept (ours, a baseline).
+class FLTrust(RootedFilter, WeighingFilter):
+    """FLTrust: weights by the agreement with a trusted update, norms as that one's (Cao et al., NDSS 2021, eq. 2 to 4).
 
     Args:
         inner: any Flower strategy.
-        keep: share of the replies that is kept after two rounds.
-        kwargs: keywords of :class:`fedllm.strategies.filtering.ReplyFilter`.
+        root_examples: so many of the server's test rows are trusted; 100 in the paper.
+        sketch_size: numbers that stand for an update.
+        seed: of the sketches.
+        root: trusted update as a function instead of ``root_examples``.
     """
 
     def __init__(
-        self, inner: Strategy, *, keep: Annotated[float, Field(gt=0, le=1)] = 0.5, **kwargs: Any
+        self,
+        inner: Strategy,
+        *,
+        root_examples: Annotated[int, Field(ge=1)] = 100,
+        sketch_size: Annotated[int, Field(ge=16)] = 512,
+        seed: int = 0,
+        root: RootUpdate | None = None,
     ) -> None:
-        super().__init__(inner, **kwargs)
-        self._rule = TemporalCosineRule(keep)
+        super().__init__(inner, root_examples=root_examples, root=root, sketch_size=sketch_size, seed=seed)
 
-    def judge(self, server_round: int, cohort: Cohort) -> Verdict:
-        """See :class:`fedllm.strategies.robust.temporal.TemporalCosine`."""
-        kept, scores = self._rule.judge(cohort.clients, cohort.sketches)
-        return Verdict(kept.float(), scores)
+    def weights(self, server_round: int, cohort: Cohort) -> Tensor:
+        """Cosines above 0, over their sum and the updates' norms.
 
-    def own_state(self) -> dict[str, Any]:
-        """The remembered updates."""
-        return self._rule.state_dict()
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`own_state` returned."""
-        self._rule.load_state_dict(state)
+        Raises:
+            PlanError: there is no trusted update: outside of a fedllm run ``root`` must be given.
+        """
+        if self.root_sketch is None:
+            raise PlanError("FLTrust has no trusted update: give root, or run by fedllm with root-examples")
+        root = self.root_sketch
+        return rules.fltrust_weights(cohort.sketches, cohort.norms, root.vector, root.norm)

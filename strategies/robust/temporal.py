@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,9 +45,7 @@ class TemporalCosine:
             ]
             scores = F.cosine_similarity(updates, torch.stack(references))
         if self._round > self._warm_up:
-            count = self._keep if self._keep > 1 else max(1.0, self._keep * len(clients))
-            kept = torch.zeros_like(kept)
-            kept[scores.argsort(descending=True, stable=True)[: round(count)]] = True
+            kept = best(scores, self._keep)
         aggregate = updates[kept].mean(0)
         for client, update, is_kept in zip(clients, updates, kept.tolist(), strict=True):
             own = self._own.setdefault(client, deque(maxlen=self._window))
@@ -70,10 +69,11 @@ class Flanders:
     """FLANDERS: a matrix autoregression forecasts all updates; the n − f nearest to the forecast are kept.
 
     X_t ≈ A·X_{t−1}·B with A ``[n, n]`` and B ``[p, p]`` over p sampled coordinates, fitted by alternating least squares
-    over a window (Gabrielli et al., arXiv 2303.16668); the ridge term is ours.
+    over a window (Gabrielli et al., arXiv 2303.16668). The ridge term is ours, and so is what stands for a client in a
+    round in which it was absent: the mean of those that were there.
 
     Args:
-        keep: how many are kept after the warm-up.
+        keep: how many are kept after the warm-up: a number, or a share of those that reply if at most 1.
         coordinates: p.
         window: rounds.
         warm_up: rounds in which all are kept.
@@ -81,15 +81,15 @@ class Flanders:
     """
 
     def __init__(
-        self, keep: int, coordinates: int = 100, window: int = 5, warm_up: int = 2, seed: int = 0
+        self, keep: float, coordinates: int = 100, window: int = 5, warm_up: int = 2, seed: int = 0
     ) -> None:
         self._keep, self._coordinates, self._warm_up = keep, coordinates, warm_up
-        self._rounds: deque[Tensor] = deque(maxlen=window)
+        self._rounds: deque[dict[str, Tensor]] = deque(maxlen=window)
         self._seed = seed
         self._columns: Tensor | None = None
         self._round = 0
 
-    def judge(self, updates: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, clients: Sequence[str], updates: Tensor) -> tuple[Tensor, Tensor]:
         """Which of a round's updates ``[n, d]`` are kept, and minus their distance to the forecast ``[n]``."""
         self._round += 1
         if self._columns is None:
@@ -98,24 +98,41 @@ class Flanders:
         sample = updates[:, self._columns].double()
         kept, scores = torch.ones(len(updates), dtype=torch.bool), torch.zeros(len(updates))
         if self._round > self._warm_up:
-            forecast = self._forecast()
+            forecast = self._forecast(clients)
             scores = -(sample - forecast).norm(dim=1).float()
-            kept = torch.zeros_like(kept)
-            kept[scores.argsort(descending=True, stable=True)[: self._keep]] = True
+            kept = best(scores, self._keep)
             sample = torch.where(kept[:, None], sample, forecast)
-        self._rounds.append(sample)
+        self._rounds.append(dict(zip(clients, sample, strict=True)))
         return kept, scores
 
-    def _forecast(self) -> Tensor:
-        pairs = list(zip(list(self._rounds)[:-1], list(self._rounds)[1:], strict=True))
-        n, p = self._rounds[-1].shape
+    def _forecast(self, clients: Sequence[str]) -> Tensor:
+        past = [_rows(of_round, clients) for of_round in self._rounds]
+        pairs = list(itertools.pairwise(past))
+        n, p = past[-1].shape
         a, b = torch.eye(n, dtype=torch.float64), torch.eye(p, dtype=torch.float64)
         for _ in range(3):
             left = [x @ b for x, _ in pairs]
             a = _ridge([y for _, y in pairs], left)
             right = [a @ x for x, _ in pairs]
             b = _ridge([y.T for _, y in pairs], [m.T for m in right]).T
-        return a @ self._rounds[-1] @ b
+        return a @ past[-1] @ b
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window; the coordinates follow from the seed."""
+        names = [list(of_round) for of_round in self._rounds]
+        rows = [torch.stack(list(of_round.values())) for of_round in self._rounds]
+        columns = torch.zeros(0, dtype=torch.int64) if self._columns is None else self._columns
+        return {"names": names, "rows": rows, "columns": columns, "round": self._round}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._rounds.clear()
+        self._rounds.extend(
+            dict(zip(names, rows, strict=True))
+            for names, rows in zip(state["names"], state["rows"], strict=True)
+        )
+        self._columns = state["columns"] if len(state["columns"]) else None
+        self._round = state["round"]
 
 
 class FLDetector:
@@ -124,7 +141,8 @@ class FLDetector:
     The prediction is g_{t−1} + H·(w_t − w_{t−1}) with a compact L-BFGS Hessian of the global trajectory (Zhang et
     al., KDD 2022, arXiv 2207.09209). Two clusters of suspicion scores are told apart by 2-means; the published gap
     statistic that first decides whether there are two is replaced by a test of the clusters' distance (ours), and
-    instead of stopping for a restart the suspicious are left out of the round (ours).
+    instead of stopping for a restart the suspicious are left out of the round (ours). A client that was absent is
+    predicted from the last mean, and its suspicion is the mean over the rounds in which it was there (ours).
 
     Args:
         window: rounds in the Hessian and in the score.
@@ -135,29 +153,33 @@ class FLDetector:
         self._window, self._warm_up = window, warm_up
         self._steps: deque[Tensor] = deque(maxlen=window)
         self._changes: deque[Tensor] = deque(maxlen=window)
-        self._suspicion: deque[Tensor] = deque(maxlen=window)
-        self._last: Tensor | None = None
-        self._last_mean: Tensor | None = None
+        self._suspicion: deque[dict[str, float]] = deque(maxlen=window)
+        self._last: dict[str, Tensor] = {}
         self._round = 0
 
-    def judge(self, updates: Tensor) -> tuple[Tensor, Tensor]:
-        """Which updates ``[n, d]``, always of the same clients, are kept, and minus their suspicion ``[n]``."""
+    def judge(self, clients: Sequence[str], updates: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of a round's updates ``[n, d]`` are kept, ``[n]`` bool, and minus their suspicion ``[n]``."""
         self._round += 1
         n = len(updates)
         kept, scores = torch.ones(n, dtype=torch.bool), torch.zeros(n)
-        if self._last is not None and self._steps:
-            predicted = self._last + self._hessian_times(self._steps[-1])
-            distance = (updates - predicted).norm(dim=1)
-            self._suspicion.append(distance / distance.sum().clamp_min(1e-12))
-            scores = -torch.stack(list(self._suspicion)).mean(0)
+        if self._steps:
+            last = torch.stack([self._last.get(client, self._steps[-1]) for client in clients])
+            distance = (updates - last - self._hessian_times(self._steps[-1])).norm(dim=1)
+            shares = distance / distance.sum().clamp_min(1e-12)
+            self._suspicion.append(dict(zip(clients, shares.tolist(), strict=True)))
+            scores = -torch.tensor([self._mean_suspicion(client) for client in clients])
             if self._round > self._warm_up:
                 kept = split_high(scores)
         mean = updates[kept].mean(0)
-        if self._last_mean is not None:
-            self._changes.append(mean - self._last_mean)
-        self._last, self._last_mean = updates.clone(), mean
+        if self._steps:
+            self._changes.append(mean - self._steps[-1])
+        self._last = dict(zip(clients, updates.clone(), strict=True))
         self._steps.append(mean)
         return kept, scores
+
+    def _mean_suspicion(self, client: str) -> float:
+        found = [shares[client] for shares in self._suspicion if client in shares]
+        return sum(found) / len(found)
 
     def _hessian_times(self, vector: Tensor) -> Tensor:
         """Compact L-BFGS (Byrd, Nocedal, Schnabel, 1994) from the last steps and changes of the mean update."""
@@ -175,6 +197,32 @@ class FLDetector:
         solved = torch.linalg.lstsq(middle, right[:, None]).solution[:, 0]
         result: Tensor = sigma * v - torch.cat([sigma * s, y], 1) @ solved
         return result.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The global trajectory, the clients' last updates and what they are suspected of."""
+        return {
+            "steps": list(self._steps),
+            "changes": list(self._changes),
+            "suspicion": [dict(shares) for shares in self._suspicion],
+            "last": dict(self._last),
+            "round": self._round,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._steps = deque(state["steps"], maxlen=self._window)
+        self._changes = deque(state["changes"], maxlen=self._window)
+        self._suspicion = deque(state["suspicion"], maxlen=self._window)
+        self._last = dict(state["last"])
+        self._round = state["round"]
+
+
+def best(scores: Tensor, keep: float) -> Tensor:
+    """The ``keep`` highest scores ``[n]`` bool; up to 1 it is a share of them, and one is kept in any case."""
+    count = keep if keep > 1 else max(1.0, keep * len(scores))
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[scores.argsort(descending=True, stable=True)[: round(count)]] = True
+    return kept
 
 
 def split_high(scores: Tensor, separation: float = 4.0) -> Tensor:
@@ -198,6 +246,12 @@ def split_high(scores: Tensor, separation: float = 4.0) -> Tensor:
     if float(ordered[cut:].mean() - ordered[:cut].mean()) < separation * max(spread, 1e-12):
         return torch.ones(n, dtype=torch.bool)
     return scores >= ordered[cut]
+
+
+def _rows(of_round: Mapping[str, Tensor], clients: Sequence[str]) -> Tensor:
+    """A round's rows ``[n, p]`` of given clients; the mean of that round for those that were absent."""
+    mean = torch.stack(list(of_round.values())).mean(0)
+    return torch.stack([of_round.get(client, mean) for client in clients])
 
 
 def _ridge(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
 """The judge: sketches of a round's replies in, who is kept and how much of each out; pure torch.
 
-A round is judged in four steps. *Predict* every client's direction from its own and the global history. *Measure* how
+A round is judged in five steps. *Predict* every client's direction from its own and the global history. *Measure* how
 each reply differs (:mod:`fedllm.strategies.vert.select`). *Keep* those within the yardstick, or the ``keep`` nearest to
-it. *Learn* from the accepted replies only.
+it. *Hold the course*: what is kept must together agree with the way that training has gone
+(:mod:`fedllm.strategies.vert.course`). *Learn* from the accepted replies only.
 
 If nobody lies within the yardstick nobody is kept: either all are hostile, or training itself has turned. The yardstick
 is then half as wide again in the next round, and so on, so that those who are nearest to expectation come back first.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fedllm.strategies.vert.course import Course
 from fedllm.strategies.vert.history import History
 from fedllm.strategies.vert.predict import Ladder, without_own
 from fedllm.strategies.vert.select import FEATURES, Yardstick, against_root, twins
@@ -75,7 +77,7 @@ class Detector:
         self.keep, self.warm_up, self.clip = keep, warm_up, clip
         self._history = History(size, len(FEATURES), window, clients)
         self._ladder = Ladder(seed)
-        self._yardstick, self._strangers = Yardstick(), Yardstick()
+        self._yardstick, self._strangers, self._course = Yardstick(), Yardstick(), Course()
         self._judged = self._skipped = 0
 
     def judge(
@@ -107,10 +109,13 @@ class Detector:
         if root is not None and self._judged < self.warm_up:
             distances = torch.maximum(distances, against_root(features, root.norm))
         kept = self._select(distances, root is not None)
+        if self._judged >= self.warm_up:
+            kept = self._course.hold(kept, directions, _WIDEN**self._skipped)
         factors = self._clipped(kept, norms)
         self._skipped = 0 if bool(kept.any()) else self._skipped + 1
         if bool(kept.any()):
             self._learn(server_round, clients, kept, inputs, directions, features, alone)
+            self._course.learn(directions[kept])
         return Judgement(factors, scores, distances, predictor)
 
     def _distances(self, clients: Sequence[str], features: Tensor, alone: Tensor) -> Tensor:
@@ -181,6 +186,7 @@ class Detector:
             "ladder": self._ladder.state_dict(),
             "yardstick": self._yardstick.state_dict(),
             "strangers": self._strangers.state_dict(),
+            "course": self._course.state_dict(),
             "judged": self._judged,
             "skipped": self._skipped,
         }
@@ -191,4 +197,5 @@ class Detector:
         self._ladder.load_state_dict(state["ladder"])
         self._yardstick.load_state_dict(state["yardstick"])
         self._strangers.load_state_dict(state["strangers"])
+        self._course.load_state_dict(state["course"])
         self._judged, self._skipped = state["judged"], state["skipped"]

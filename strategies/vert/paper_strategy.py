@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
-from fedllm.strategies.filtering import Cohort, ReplyFilter, Tensors, Verdict
+from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates
 from fedllm.strategies.vert.paper import PaperDetector
-from fedllm.strategies.vert.sketch import Sketch
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
 
 
-class PaperVERT(ReplyFilter):
+class PaperVERT(WholeUpdates):
     """VERT as published, for comparison: whole updates in memory, a clean warm-up and a known number of honest clients.
 
     Args:
@@ -49,13 +47,6 @@ class PaperVERT(ReplyFilter):
             learning_rate=learning_rate,
             seed=seed,
         )
-
-    def represent(self, start: Tensors, new: Tensors) -> Sketch:
-        """The whole update, flat: factors of adapters are plain arrays here."""
-        flat = torch.cat(
-            [(value - start[name] if start else value).flatten().float() for name, value in new.items()]
-        )
-        return Sketch(flat, float(flat.norm()))
 
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
         """See :class:`PaperDetector`."""

@@ -38,6 +38,7 @@ _FLOOR = torch.tensor([0.02, 0.04, 0.02])
 _SIGMAS = 4.0
 _BLEND = 0.5
 _ROOT_SIZE = math.log(4)
+_COHORT, _SHIFT = 3, math.log(2)
 _ORIGINAL = 0.15
 """How much better than its copies an original is predicted."""
 
@@ -59,11 +60,16 @@ class Yardstick:
         if self.level is None or len(features) == 0:
             return torch.zeros(len(features))
         deviation = features - self.level - offsets
-        suspicious = torch.stack([deviation[:, 0].abs(), deviation[:, 1].abs(), deviation[:, 2]], 1)
+        higher, lower = common_shift(deviation)
+        rest = deviation - higher - lower
         allowed = _SIGMAS * torch.maximum(self.spread, _FLOOR) + _TOLERANCE
-        # However wide the scatter, a score may not be clearly negative where it was clearly positive.
-        allowed[0] = allowed[0].clamp_max(max(float(self.level[0]) + 0.05, 0.25))
-        distances = (suspicious / allowed).amax(1).clamp_min(0)
+        # However wide the scatter, a score may not be clearly negative where it was clearly positive; and that it sinks
+        # is suspicious whatever the others' do.
+        sunk = -deviation[:, 0] / allowed[0].clamp_max(max(float(self.level[0]) + 0.05, 0.25))
+        distances = torch.stack(
+            [sunk, rest[:, 0] / allowed[0], rest[:, 1].abs() / allowed[1], rest[:, 2] / allowed[2]], 1
+        ).amax(1)
+        distances = distances.clamp_min(0)
         distances = torch.where(self._noise(features[:, 0] - offsets[:, 0]), distances + 1, distances)
         if float(self.level[2] + _SIGMAS * self.spread[2]) < COPY:
             distances[features[:, 2] > COPY] = math.inf
@@ -100,6 +106,22 @@ class Yardstick:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         self.level, self.spread = state.get("level"), state["spread"]
+
+
+def common_shift(deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much nearly all of a round's replies ``[n, 3]`` lie above, or below, what was expected, ``[3]`` each.
+
+    Clients that find a direction together agree more, are predicted better and move further, all at once: that is no
+    reason to reject them. A tenth may be out of line. Sizes are allowed a factor of 2, for all may be hostile.
+    """
+    n = len(deviation)
+    nothing = torch.zeros(len(FEATURES))
+    if n < _COHORT:
+        return nothing, nothing
+    ordered, spare = deviation.sort(0).values, math.ceil(n / 10) - 1
+    higher, lower = ordered[spare].clamp_min(0), ordered[n - 1 - spare].clamp_max(0)
+    higher[1], lower[1] = higher[1].clamp_max(_SHIFT), lower[1].clamp_min(-_SHIFT)
+    return higher, lower * torch.tensor([0.0, 1.0, 0.0])
 
 
 def against_root(features: Tensor, root_norm: float) -> Tensor:

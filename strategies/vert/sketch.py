@@ -40,6 +40,20 @@ class Sketch:
     norm: float
 
 
+@dataclass(frozen=True)
+class _Base:
+    """The factors that a client was sent, as matrices, and what of its sketch depends on them alone."""
+
+    sent_a: Tensor
+    sent_b: Tensor
+    a: Tensor
+    b: Tensor
+    columns: Tensor
+    rows: Tensor
+    gram_a: Tensor
+    gram_b: Tensor
+
+
 class Sketcher:
     """The random maps of one run; two sketchers of the same size and seed are the same maps.
 
@@ -58,7 +72,7 @@ class Sketcher:
         self._seed = seed
         self._tile = _signs(self._generator("tile"), (_ROWS, size))
         self._tables: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._sent: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sent: dict[str, _Base] = {}
 
     @property
     def nbytes(self) -> int:
@@ -78,10 +92,18 @@ class Sketcher:
         if start:
             _check_shapes(start, new)
             names = pair_names(new)
-            parts = [
+            pairs = [
                 self._pair(module, new[a], new[b], start[a], start[b])
                 for module, (a, b) in names.modules.items()
-            ] + [self.tensor(name, new[name], start[name]) for name in names.heads]
+            ]
+            parts = [self.tensor(name, new[name], start[name]) for name in names.heads]
+            if pairs:  # one way back from the frequencies for all of them: it is linear
+                parts.append(
+                    (
+                        self._from_spectrum(torch.stack([spectrum for spectrum, _ in pairs]).sum(0)),
+                        sum(part for _, part in pairs),
+                    )
+                )
         else:
             parts = [self.tensor(name, value) for name, value in new.items()]
         square = sum(part for _, part in parts)
@@ -124,41 +146,49 @@ class Sketcher:
             b: ``[m, r]``.
             a: ``[r, k]``.
         """
-        return self._convolve(self._rows(name, b), self._columns(name, a))
+        return self._from_spectrum((self._rows(name, b) * self._columns(name, a)).sum(0))
 
     def _pair(self, name: str, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, float]:
-        """Sketch of B·A − B₀·A₀ = (B − B₀)·A + B₀·(A − A₀), and its squared norm; nothing cancels that way."""
-        base_a = self._once(f"{name} A", a0, lambda: self._columns(name, _matrix(a0)))
-        base_b = self._once(f"{name} B", b0, lambda: self._rows(name, _matrix(b0)))
-        a, b, b0 = _matrix(a), _matrix(b), _matrix(b0)
-        delta_a, delta_b = a - _matrix(a0), b - b0
+        """Spectrum of the sketch of B·A − B₀·A₀ = ΔB·A + B₀·ΔA, and its squared norm; nothing cancels that way."""
+        base = self._once(name, a0, b0)
+        delta_a, delta_b = _matrix(a) - base.a, _matrix(b) - base.b
         moved_a, moved_b = self._columns(name, delta_a), self._rows(name, delta_b)
-        vector = self._convolve(torch.cat([moved_b, base_b], 1), torch.cat([base_a + moved_a, moved_a], 0))
-        left, right = torch.cat([delta_b, b0], 1), torch.cat([a, delta_a], 0)
-        return vector, float(torch.sum((left.T @ left) * (right @ right.T)))
+        spectrum = (moved_b * (base.columns + moved_a) + base.rows * moved_a).sum(0)
+        # Gram matrices of rank × rank; those of A = A₀ + ΔA follow from two.
+        mixed, own = delta_a @ base.a.T, delta_a @ delta_a.T
+        square = (
+            torch.sum((delta_b.T @ delta_b) * (base.gram_a + mixed + mixed.T + own))
+            + 2 * torch.sum((delta_b.T @ base.b) * (mixed.T + own))
+            + torch.sum(base.gram_b * own)
+        )
+        return spectrum, float(square)
 
-    def _once(self, key: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """The sketch of a factor that was sent; clients that were sent the same tensor share it."""
-        found = self._sent.get(key)
-        if found is None or found[0] is not source:
-            found = self._sent[key] = (source, make())
-        return found[1]
+    def _once(self, name: str, a0: Tensor, b0: Tensor) -> _Base:
+        """What depends on the factors that were sent only; clients that were sent the same tensors share it."""
+        found = self._sent.get(name)
+        if found is None or found.sent_a is not a0 or found.sent_b is not b0:
+            a, b = _matrix(a0), _matrix(b0)
+            found = _Base(a0, b0, a, b, self._columns(name, a), self._rows(name, b), a @ a.T, b.T @ b)
+            self._sent[name] = found
+        return found
 
-    def _convolve(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Sum over the rank of the circular convolutions of ``[size, r]`` and ``[r, size]``."""
-        spectrum = torch.fft.rfft(rows.T.contiguous()) * torch.fft.rfft(columns)
-        vector: Tensor = torch.fft.irfft(spectrum.sum(0), n=self.size)
+    def _from_spectrum(self, spectrum: Tensor) -> Tensor:
+        vector: Tensor = torch.fft.irfft(spectrum, n=self.size)
         return vector
 
     def _rows(self, name: str, factor: Tensor) -> Tensor:
-        """CountSketch ``[size, r]`` of the columns of a factor ``[m, r]``."""
+        """Spectra ``[r, size // 2 + 1]`` of the CountSketches of the columns of a factor ``[m, r]``."""
         buckets, signs = self._hash(f"rows {name}", factor.shape[0])
-        return torch.zeros(self.size, factor.shape[1]).index_add_(0, buckets, factor * signs[:, None])
+        sums = torch.zeros(self.size, factor.shape[1]).index_add_(0, buckets, factor * signs[:, None])
+        spectra: Tensor = torch.fft.rfft(sums.T.contiguous())
+        return spectra
 
     def _columns(self, name: str, factor: Tensor) -> Tensor:
-        """CountSketch ``[r, size]`` of the rows of a factor ``[r, k]``."""
+        """Spectra ``[r, size // 2 + 1]`` of the CountSketches of the rows of a factor ``[r, k]``."""
         buckets, signs = self._hash(f"columns {name}", factor.shape[1])
-        return torch.zeros(factor.shape[0], self.size).index_add_(1, buckets, factor * signs)
+        sums = torch.zeros(factor.shape[0], self.size).index_add_(1, buckets, factor * signs)
+        spectra: Tensor = torch.fft.rfft(sums)
+        return spectra
 
     def _hash(self, purpose: str, entries: int) -> tuple[Tensor, Tensor]:
         return self._table(

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fedllm.strategies.filtering import Cohort, ReplyFilter, Verdict
-from fedllm.strategies.trusted import TrustedData
+from fedllm.strategies.filtering import Cohort, Verdict
+from fedllm.strategies.trusted import RootedFilter, RootUpdate
 from fedllm.strategies.vert.detector import Detector
-from fedllm.strategies.vert.sketch import Sketch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
-from torch import Tensor
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.events import EventBus
-from fedllm.records import decode
-
-RootUpdate = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""(round, global adapter) → the adapter after training on trusted data."""
-
-NonNegative = Annotated[float, Field(ge=0)]
 
 
-class VERT(ReplyFilter):
+class VERT(RootedFilter):
     """Keeps the clients whose update is what their own and the global history predict; the repaired form, ours.
 
     Warm-up: the first ``warm_up`` rounds are trusted as they are, because there is nothing to predict from; with
@@ -65,10 +55,8 @@ class VERT(ReplyFilter):
         seed: int = 0,
         root: RootUpdate | None = None,
     ) -> None:
-        super().__init__(inner, sketch_size=sketch_size, seed=seed)
+        super().__init__(inner, root_examples=root_examples, root=root, sketch_size=sketch_size, seed=seed)
         self.keep, self.warm_up = keep, warm_up
-        self._root_examples, self._root = root_examples, root
-        self._root_sketch: Sketch | None = None
         self.detector = Detector(
             sketch_size,
             keep=parse_keep(keep),
@@ -82,29 +70,17 @@ class VERT(ReplyFilter):
     def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
         """Get the trusted data ready, or say what the run relies on without any."""
         super().prepare(config, bundle, events)
-        if self._root_examples:
-            self._root = TrustedData(config, bundle, self._root_examples).train
-        if self._root is None:
+        if self.root is None:
             events.emit(
                 "warning",
                 message=f"VERT trusts the first {self.warm_up} rounds as they are: if most clients are hostile from "
                 "the start, their updates alone cannot tell who is right; vert.root-examples gives it data to trust",
             )
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """The inner strategy's messages; the trusted update of this round is computed meanwhile."""
-        self._root_sketch = None
-        if self._root is not None:
-            current = decode(arrays)
-            self._root_sketch = self.sketcher.update(current, self._root(server_round, current))
-        return super().configure_train(server_round, arrays, config, grid)
-
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
         """See :class:`fedllm.strategies.vert.detector.Detector`."""
         found = self.detector.judge(
-            server_round, cohort.clients, cohort.sketches, cohort.norms, self._root_sketch
+            server_round, cohort.clients, cohort.sketches, cohort.norms, self.root_sketch
         )
         details = {
             "distances": dict(zip(cohort.clients, found.distances.tolist(), strict=True)),

@@ -194,9 +194,7 @@ def test_a_guarded_run_keeps_to_the_honest(name):
         assert kept[server_round]
 
 
-def test_the_adaptive_attacker_gets_through_and_gets_little():
-    _, kept = run(guarded("adaptive"))
-    assert all(len(kept[server_round]) >= 7 for server_round in (3, 4, 5))
+def test_the_adaptive_attacker_gets_little():
     honest, _ = run(VERT(FedAvg(fraction_evaluate=0)))
     attacked, _ = run(guarded("adaptive"))
     undefended = guarded("sign-flip")
@@ -209,7 +207,7 @@ def test_the_adaptive_attacker_gets_through_and_gets_little():
             for a, b in zip(decode(result.arrays).values(), decode(honest.arrays).values(), strict=True)
         )
 
-    assert distance(attacked) < 0.7 * distance(broken)
+    assert distance(attacked) < 0.05 * distance(broken)
 
 
 def test_roles_are_drawn_once_and_survive_a_checkpoint():

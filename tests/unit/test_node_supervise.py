@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from fedllm.node.logs import PartLog, reason_in
+from fedllm.node.supernode import stuck
 from fedllm.node.supervise import Backoff, Part, Supervisor, SupervisorError, read_status
 from fedllm.processes import of_home
 
@@ -28,21 +29,22 @@ def supervise(tmp_path):
     """Run a supervisor of Python snippets in a process of its own; afterwards nothing of it may be left."""
     started = []
 
-    def supervise(**parts):
+    def supervise(trouble=None, **parts):
         lines = [
             f"Part({name!r}, lambda: [sys.executable, '-u', '-c', {textwrap.dedent(code)!r}], "
             f"state / 'home' / {name!r}, "
-            "dict(os.environ), lambda lines: 'ready' in lines, state, {'no such key': 'get another'}),"
+            "dict(os.environ), lambda lines: 'ready' in lines, state, {'no such key': 'get another'}, "
+            f"{trouble}),"
             for name, code in parts.items()
         ]
         script = (
             "import logging, os, sys\n"
             "from pathlib import Path\n"
-            "from fedllm.node.supervise import Backoff, Part, Supervisor\n"
+            "from fedllm.node.supervise import Backoff, Part, Supervisor, Watch\n"
             "logging.basicConfig(level=logging.INFO, format='%(levelname)s %(message)s')\n"
             f"state = Path({str(tmp_path)!r}) / 'state'\n"
             f"parts = [{' '.join(lines)}]\n"
-            "Supervisor('node a', parts, state, backoff=Backoff(0.1, 2.0, 0.4)).run()\n"
+            "Supervisor('node a', parts, state, backoff=Backoff(0.1, 2.0, 0.4), watch=Watch(0.1, 3)).run()\n"
         )
         process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
         started.append(process)
@@ -98,6 +100,43 @@ def test_a_crash_loop_is_told_with_its_reason_and_slows_down(supervise, tmp_path
     assert "next start in 0.1 s" in lines[0]
     assert "2 times in a row; next start in 0.2 s" in lines[1]
     assert "next start in 0.4 s" in lines[2]
+
+
+def test_a_process_that_hangs_is_restarted_after_several_questions(supervise, tmp_path):
+    hung = tmp_path / "hung"
+    asked = f"lambda lines: 'it does not answer' if os.path.exists({str(hung)!r}) else ''"
+    process = supervise(trouble=asked, one=RUNS)
+    first = wait_for(lambda: all_running(tmp_path, 1))["one"]["pid"]
+    time.sleep(1.0)  # it is asked several times and is well
+    assert parts(tmp_path)["one"] == {"pid": first, "state": "running", "restarts": 0, "reason": ""}
+    hung.touch()
+    wait_for(lambda: parts(tmp_path)["one"]["restarts"] == 1)
+    hung.unlink()
+    wait_for(lambda: (found := all_running(tmp_path, 1)) and found["one"]["pid"] != first)
+    assert parts(tmp_path)["one"]["reason"] == "it does not answer, 3 times in 0.3 s"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert "one was ended by SIGKILL" in err
+    assert err.count("it does not answer") == 1
+
+
+def test_a_supernode_that_waits_for_nobody_is_stuck(tmp_path):
+    home = tmp_path / "home"
+    taken = ["SuperNode ID: 3", "INFO : Receiving: train message (ID: 1)", "INFO : Received successfully"]
+    assert "no ClientApp works on it" in stuck(taken, home)
+    assert not stuck([*taken, "INFO : Sending: train message (ID: 2)", "INFO : Sent successfully"], home)
+    assert not stuck(taken[:2], home)  # still downloads
+    assert not stuck([], home)
+    app = tmp_path / "flwr-clientapp"
+    app.write_text("import time; time.sleep(60)")
+    process = subprocess.Popen([sys.executable, str(app)], env={**os.environ, "FLWR_HOME": str(home)})
+    try:
+        wait_for(lambda: of_home(home))
+        assert not stuck(taken, home)
+    finally:
+        process.kill()
+        process.wait()
+    assert stuck(taken, home)
 
 
 def test_a_part_that_cannot_be_started_is_tried_again(supervise, tmp_path):

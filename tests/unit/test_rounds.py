@@ -14,6 +14,7 @@ from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.fedopt import FedAdam, FedAvgM, FedYogi
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
+from fedllm import __version__
 from fedllm.checkpoint import CheckpointStore, ServerState
 from fedllm.errors import CheckpointError, PlanError, RoundError
 from fedllm.events import EventBus
@@ -330,6 +331,26 @@ def test_a_node_that_reports_an_error_is_named(monkeypatch):
     grid._describe = broken
     with pytest.raises(PlanError, match=r"1 rejected: node 3: data.csv has no column 'text'"):
         run(grid=grid, options=LoopOptions(min_nodes=5, node_timeout=0.2))
+
+
+def test_a_node_of_another_version_is_refused_with_both_versions_named():
+    grid = FakeGrid(NAMES, drifting_client, names=NAMES)
+    describe = grid._describe
+
+    def newer(message, node):
+        reply = describe(message, node)
+        if NAMES[node] == "3":
+            reply.content["config"]["version"] = "9.9.9"
+        elif NAMES[node] == "2":
+            reply.content["config"]["version"] = __version__
+        return reply
+
+    grid._describe = newer
+    _, recorder = run(grid=grid, rounds=1)
+    (rejected,) = recorder.of("node-rejected")
+    assert rejected["node"] == "3"
+    assert "the node has fedllm 9.9.9, the server " + __version__ in rejected["reason"]
+    assert recorder.of("aggregated")[0]["asked"] == 4
 
 
 def test_works_with_clients_that_cannot_describe_themselves():

@@ -50,10 +50,14 @@ def test_colluders_by_configuration(flat, tmp_path, simulated):  # noqa: F811
     assert [sum(v["kept"].values()) for v in verdicts(tmp_path)] == [3, 3, 2]
 
 
-@pytest.mark.parametrize("defence", ["vert", "vert-paper", "temporal-cosine", "geometric-median"])
+@pytest.mark.parametrize(
+    "defence",
+    ["vert", "vert-paper", "fltrust", "fldetector", "flanders", "centred-clipping", "geometric-median"],
+)
 def test_every_defence_runs_and_resumes(flat, tmp_path, defence):  # noqa: F811
-    run(flat, defence=defence, rounds=2)
-    run(flat, defence=defence, rounds=3, run__resume=True)
+    keys = {"defence": defence, "fltrust__root_examples": 16}
+    run(flat, rounds=2, **keys)
+    run(flat, rounds=3, run__resume=True, **keys)
     assert len(verdicts(tmp_path)) == 3
 
 

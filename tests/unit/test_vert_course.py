@@ -1,0 +1,107 @@
+"""The course of training: a bound on what attackers gain in many small steps."""
+
+import copy
+
+import pytest
+import torch
+from fedllm.strategies.attacks import colluding
+from fedllm.strategies.vert.course import Course
+from fedllm.strategies.vert.detector import Detector
+from torch.nn import functional as F
+
+from tests.unit.test_vert import N, Q, after, honest, judge, normal
+
+FIRST = F.normalize(normal("course", shape=(1, Q)), dim=1)
+
+
+def replies(count, agree, *key):
+    """Directions with a given cosine to ``FIRST`` and noise of their own."""
+    rest = normal(*key, shape=(count, Q))
+    rest = F.normalize(rest - rest @ FIRST.T * FIRST, dim=1)
+    return agree * FIRST + (1 - agree**2) ** 0.5 * rest
+
+
+def course(rounds=4, agree=0.5):
+    found = Course()
+    for server_round in range(rounds):
+        found.learn(replies(10, agree, server_round))
+    return found
+
+
+def everybody(directions):
+    return torch.ones(len(directions), dtype=torch.bool)
+
+
+def test_nothing_is_held_before_there_is_a_course():
+    kept = torch.tensor([True, False, True])
+    assert torch.equal(Course().hold(kept, replies(3, 0.5, "x"), 1.0), kept)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 40])
+def test_as_many_as_go_on_are_kept_however_few_they_are(count):
+    directions = replies(count, 0.5, "few")
+    assert course().hold(everybody(directions), directions, 1.0).all()
+
+
+def test_more_noise_is_nobodys_fault():
+    directions = replies(10, 0.3, "noisy")
+    assert course().hold(everybody(directions), directions, 1.0).all()
+
+
+def test_those_who_pull_the_mean_around_are_left_out():
+    directions = torch.cat([replies(4, 0.5, "honest"), replies(16, -0.5, "hostile")])
+    held = course().hold(everybody(directions), directions, 1.0)
+    assert held[:4].all()
+    assert held[4:].sum() <= 2  # as many as the agreement of the others makes up for
+
+
+def test_if_all_pull_nobody_is_kept_until_it_must_be_a_turn():
+    directions = replies(10, -0.5, "turned")
+    assert not course().hold(everybody(directions), directions, 1.0).any()
+    assert course().hold(everybody(directions), directions, 4.0).all()
+
+
+def test_noise_has_no_course():
+    directions = replies(10, -0.5, "turned")
+    assert course(agree=0.0).hold(everybody(directions), directions, 1.0).all()
+
+
+def test_a_course_survives_a_checkpoint():
+    first, second = course(), Course()
+    second.load_state_dict(first.state_dict())
+    directions = torch.cat([replies(3, 0.5, "a"), replies(7, -0.2, "b")])
+    assert torch.equal(
+        first.hold(everybody(directions), directions, 1.0),
+        second.hold(everybody(directions), directions, 1.0),
+    )
+    Course().load_state_dict(Course().state_dict())
+
+
+def test_an_attacker_who_knows_the_detector_cannot_turn_training_around():
+    """16 of 20 push as far as a copy of the detector lets most of them; without the course they reverse the mean."""
+
+    def gained(bounded):
+        detector = after(4, Detector(Q))
+        if not bounded:
+            detector._course.hold = lambda kept, directions, relief: kept
+        for server_round in range(5, 11):
+            updates = honest(server_round)
+
+            def accepted(candidates, updates=updates, server_round=server_round, detector=detector):
+                trial = torch.cat([updates[:4], candidates])
+                return judge(copy.deepcopy(detector), server_round, trial).kept[4:]
+
+            pushed = colluding.adaptive(updates[:4], updates[4:], accepted)
+            found = judge(detector, server_round, torch.cat([updates[:4], pushed]))
+            moved = (found.factors[:, None] * torch.cat([updates[:4], pushed])).sum(0)
+            last = F.cosine_similarity(moved, updates.mean(0), dim=0)
+        return float(last)
+
+    assert gained(bounded=True) > 0.3
+    assert gained(bounded=False) < 0
+
+
+def test_slow_turns_of_honest_training_are_followed():
+    detector = Detector(Q)
+    kept = sum(int(judge(detector, r, honest(r, own=0.8, noise=0.8)).kept.sum()) for r in range(1, 25))
+    assert kept >= 0.95 * 24 * N
