@@ -258,7 +258,7 @@ class Exchange:
 
     def _drop(self, sent: Message, kind: DropKind, reason: str) -> None:
         node = self._node_name(sent.metadata.dst_node_id)
-        reason = printable(reason)[:_MAX_REASON]
+        reason = printable(reason, limit=_MAX_REASON)
         self.stats.dropped[node] = reason
         self._events.emit("node-dropped", **self._where, node=node, kind=kind, reason=reason)
 

@@ -180,7 +180,7 @@ class NodeDirectory:
         self._events.emit("node-joined", node=name, **shown)
 
     def _reject(self, node_id: int, name: str, reason: str) -> None:
-        name, reason = printable(name)[:_MAX_NAME], printable(reason)[:_MAX_TEXT]
+        name, reason = printable(name, limit=_MAX_NAME), printable(reason, limit=_MAX_TEXT)
         self._known.pop(node_id, None)
         self._rejected[node_id] = (f"node {name}: {reason}", time.monotonic())
         self._events.emit("node-rejected", node=name, reason=reason)

@@ -19,7 +19,8 @@ WORKER, SUPERNODE = "worker", "supernode"
 _HEALTH_TIMEOUT = 1.0
 _TROUBLE_TIMEOUT = 10.0  # a worker that trains on all CPUs may be slow to answer
 _ADVICE = {
-    "[code: 2004]": "the SuperLink does not know the node's key or has revoked it: `fedllm nodes register`",
+    "[code: 2004]": "the SuperLink still counts a node that was killed a minute ago as online, and lets it in later; "
+    "or it does not know the node's key, or has revoked it: `fedllm nodes register`",
     "Failed to initialize the connection": "`fedllm doctor --node` says what is wrong",
 }
 _CONNECTED = "SuperNode ID:"  # Flower prints it when the SuperLink has admitted the node

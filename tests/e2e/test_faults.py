@@ -262,7 +262,8 @@ def test_a_supernode_is_killed_in_training(whole, start):
     kill(whole.nodes[0], "supernode")
     assert run.wait(1200).completed
     assert (1, "0") in drops(run)
-    assert of(run, "aggregated")[-1]["replies"] == 2
+    assert of(run, "aggregated")[0]["replies"] == 1
+    whole.wait_for_online(2, 300)  # a minute later: the run may be over by then
 
 
 @pytest.mark.parametrize("part", ["worker", "supernode", "superlink"])

@@ -139,7 +139,8 @@ def test_a_node_that_is_killed_comes_back(federation):
         os.kill(before, signal.SIGKILL)
         wait_for(lambda before=before, part=part: node.parts()[part]["pid"] not in (None, before))
         node.wait_until_ready()
-        assert node.parts()[part]["restarts"] == 1
+        # A SuperNode is let in again only when the SuperLink has noticed that the one before is gone.
+        assert node.parts()[part]["restarts"] >= 1
     federation.wait_for_online(3)
 
 

@@ -34,6 +34,7 @@ train.batch-size = 8
 server.min-nodes = 1
 server.node-timeout = 300
 simulation.clients = 1
+run.root = "runs"
 """
 
 
@@ -41,8 +42,10 @@ simulation.clients = 1
 def app(tmp_path):
     folder = tmp_path / "app"
     folder.mkdir()
-    (folder / "pyproject.toml").write_text(APP)
-    write_rows(folder / "train.csv", 0, 120)
+    rows = write_rows(folder / "train.csv", 0, 120)
+    (folder / "pyproject.toml").write_text(
+        APP.replace("train.csv", str(rows)).replace("runs", str(tmp_path / "runs"))
+    )
     return folder
 
 

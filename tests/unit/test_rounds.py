@@ -693,3 +693,18 @@ def test_strategy_state_of_every_kind_is_kept_or_named(tmp_path):
     assert back["list"][1:] == ["a", None]
     with pytest.raises(CheckpointError, match=r"a set at '/odd'"):
         store.save(ServerState(2, initial_arrays(), {"odd": {1}}, {}))
+
+
+def test_a_long_reason_reaches_the_log_whole():
+    reason = "the worker at " + "x" * 300 + " ran out of memory"
+
+    def client(message, node):
+        if node == 7:
+            return Message(Error(code=1, reason=reason), reply_to=message)
+        return drifting_client(message, node)
+
+    _, recorder = run(
+        client=client, rounds=1, options=LoopOptions(min_nodes=1, quorum=0.5, poll_interval=0.001)
+    )
+    (dropped,) = recorder.of("node-dropped")
+    assert dropped["reason"] == reason
