@@ -16,7 +16,7 @@ from fedllm.strategies.fedpipe.plan import share_of
 from fedllm.strategies.hsplitlora.cuts import CutPlan, ServerSide, plan_cut
 from fedllm.strategies.hsplitlora.planning import planning_of
 from harness import arguments, console, report
-from split_training import configuration, fresh_processes, in_process, peak_memory, split_server
+from split_training import beside_server, configuration, in_process, peak_memory
 
 from fedllm import registry
 from fedllm.config import TrainConfig
@@ -114,21 +114,14 @@ def train(port: int, setting: Setting, chosen: CutPlan, steps: int) -> int:
 
 def measure(setting: Setting, chosen: CutPlan, steps: int) -> int:
     """Peak memory of a client with this plan, in bytes."""
-    context = fresh_processes()
-    here, there = context.Pipe()
-    server = context.Process(
-        target=split_server, args=(there, setting.model, setting.seed, chosen.cut, "fp32")
+    found: tuple[int, object] = beside_server(
+        setting.model,
+        setting.seed,
+        chosen.cut,
+        "fp32",
+        lambda port: in_process(train, port, setting, chosen, steps),
     )
-    server.start()
-    there.close()
-    try:
-        found: int = in_process(train, here.recv(), setting, chosen, steps)
-        here.recv()
-    finally:
-        server.join(30)
-        if server.is_alive():
-            server.kill()
-    return found
+    return found[0]
 
 
 def main() -> None:

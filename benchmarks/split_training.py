@@ -212,24 +212,30 @@ def gradients_of(bundle: ModelBundle) -> dict[str, Any]:
     return {name: p.grad.numpy().copy() for name, p in bundle.trainable().items() if p.grad is not None}
 
 
-def split_pair(
-    model: str, seed: int, cut: int, codec: str, steps: int
-) -> tuple[ClientFigures, dict[str, Any]]:
-    """A client and a server in two processes; also the gradients on the server."""
+def beside_server(
+    model: str, seed: int, cut: int, codec: str, client: Callable[[int], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What ``client``, given the port of a split server in a process of its own, finds; and the server's gradients."""
     context = fresh_processes()
     here, there = context.Pipe()
     server = context.Process(target=split_server, args=(there, model, seed, cut, codec))
     server.start()
     there.close()  # so that the end of the server's process ends the wait for what it says
     try:
-        port = here.recv()
-        figures = in_process(split_client, port, model, seed, cut, codec, steps)
-        on_server = here.recv()
+        return client(here.recv()), here.recv()
     finally:
         server.join(30)
         if server.is_alive():
             server.kill()
-    return figures, on_server
+
+
+def split_pair(
+    model: str, seed: int, cut: int, codec: str, steps: int
+) -> tuple[ClientFigures, dict[str, Any]]:
+    """A client and a server in two processes; also the gradients on the server."""
+    return beside_server(
+        model, seed, cut, codec, lambda port: in_process(split_client, port, model, seed, cut, codec, steps)
+    )
 
 
 # --------------------------------------------------------------------- channel

@@ -40,6 +40,11 @@ class NodeInfo:
     description: ConfigRecord | None = None
 
 
+def name_of(nodes: Iterable[NodeInfo], node_id: int) -> str:
+    """The name under which the loop knows a node; its id outside of fedllm's loop."""
+    return next((node.name for node in nodes if node.node_id == node_id), str(node_id))
+
+
 class NodeDirectory:
     """Keeps track of connected nodes; asks each newcomer once for its description.
 

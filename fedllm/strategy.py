@@ -29,7 +29,7 @@ from fedllm.aggregation import AdapterAggregation, leading, remainder
 from fedllm.config import AggregationName, RankList, RunConfig
 from fedllm.errors import ConfigError, PlanError
 from fedllm.events import EventBus
-from fedllm.nodes import NodeInfo
+from fedllm.nodes import NodeInfo, name_of
 from fedllm.records import (
     ADAPTER,
     FROZEN,
@@ -318,7 +318,7 @@ class BaseStrategy(Strategy):
         record = only_arrays(message)
         relative = any(array.stype.endswith("+delta") for array in record.values())
         reference = decode(self._sent[node_id]) if relative else None
-        name = next((node.name for node in self.nodes if node.node_id == node_id), str(node_id))
+        name = name_of(self.nodes, node_id)
         numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
         weight = check_num_examples(metrics, self.weighted_by_key)
         sent = self._sent.get(node_id, ArrayRecord())

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.config import RunConfig
 from fedllm.events import EventBus
-from fedllm.nodes import NodeInfo
+from fedllm.nodes import NodeInfo, name_of
 from fedllm.records import ADAPTER
 from fedllm.strategy import BaseStrategy
 
@@ -37,7 +37,7 @@ class StrategyWrapper(Strategy):
 
     def node_name(self, node_id: int) -> str:
         """The name under which the loop knows a node; its id outside of fedllm's loop."""
-        return next((node.name for node in self.nodes if node.node_id == node_id), str(node_id))
+        return name_of(self.nodes, node_id)
 
     @property
     def replies_are_adapters(self) -> bool:

@@ -24,6 +24,11 @@ def one_epoch(num_examples: int, batch_size: int) -> int:
     return math.ceil(num_examples / batch_size)
 
 
+def ranks_up_to(limit: int) -> tuple[int, ...]:
+    """The ranks that may be planned unless some are given: powers of two below the limit, and the limit."""
+    return (*(2**i for i in range(limit.bit_length()) if 2**i < limit), limit)
+
+
 @dataclass(frozen=True)
 class NodeBudget:
     """What a node can spend.

@@ -22,9 +22,9 @@ from fedllm.events import EventBus
 from fedllm.importance_report import read_importance
 from fedllm.lora.importance import Importance
 from fedllm.lora.memory import MemoryModel
-from fedllm.lora.plans import NodePlan, PlanOptions
+from fedllm.lora.plans import NodePlan, PlanOptions, ranks_up_to
 from fedllm.lora.timing import TimeModel
-from fedllm.nodes import NodeInfo
+from fedllm.nodes import NodeInfo, name_of
 from fedllm.planned import Bits, Planned
 from fedllm.records import ASK_IMPORTANCE, IMPORTANCE, encode
 from fedllm.resources import MEMORY
@@ -149,7 +149,7 @@ class FedPipe(BaseStrategy):
         batch, rank, train = config.train.batch_size, config.lora.rank, config.train
         checkpointing = bool(config.plugins.get(config.client, {}).get("gradient-checkpointing", False))
         return PlanOptions(
-            ranks=self.ranks or (*(2**i for i in range(rank.bit_length()) if 2**i < rank), rank),
+            ranks=self.ranks or ranks_up_to(rank),
             batch_sizes=self.batch_sizes or tuple({max(batch // 4, 1), max(batch // 2, 1), batch}),
             bits=self.bits,
             sequence_length=config.data.max_length,
@@ -176,7 +176,7 @@ class FedPipe(BaseStrategy):
                 self._tell(server_round, plan)
             self._plan = plan
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._asked = {self._name(m.metadata.dst_node_id): m.metadata.dst_node_id for m in messages}
+        self._asked = {name_of(self.nodes, m.metadata.dst_node_id): m.metadata.dst_node_id for m in messages}
         return messages
 
     def configure_evaluate(
@@ -272,11 +272,8 @@ class FedPipe(BaseStrategy):
     def _seen(self, replies: Iterable[Message], names: list[str]) -> Iterable[Message]:
         for message in replies:
             if not message.has_error():
-                names.append(self._name(message.metadata.src_node_id))
+                names.append(name_of(self.nodes, message.metadata.src_node_id))
             yield message
-
-    def _name(self, node_id: int) -> str:
-        return next((node.name for node in self.nodes if node.node_id == node_id), str(node_id))
 
     # ----------------------------------------------------------------- state
 

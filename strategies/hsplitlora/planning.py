@@ -10,7 +10,7 @@ from fedllm.strategies.fedpipe.plan import modules_of
 from fedllm.batches import count_steps
 from fedllm.config import RunConfig
 from fedllm.lora.memory import MemoryModel
-from fedllm.lora.plans import PlanOptions
+from fedllm.lora.plans import PlanOptions, ranks_up_to
 from fedllm.lora.spec import ModelSpec
 from fedllm.planned import base_bits
 
@@ -40,7 +40,7 @@ def planning_of(
 
     rank, train = config.lora.rank, config.train
     options = PlanOptions(
-        ranks=tuple(ranks) or (*(2**i for i in range(rank.bit_length()) if 2**i < rank), rank),
+        ranks=tuple(ranks) or ranks_up_to(rank),
         batch_sizes=(train.batch_size,),
         bits=(base_bits(config.model),),
         sequence_length=config.data.max_length,

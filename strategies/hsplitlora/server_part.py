@@ -81,6 +81,7 @@ class ServerRound:
         task: what is learned.
         settings: how.
         seed: of dropout.
+        ask_importance: also find out how important each adapted module is.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class ServerRound:
         task: Task,
         settings: ServerSettings,
         seed: int,
+        *,
+        ask_importance: bool,
     ) -> None:
         self._bundle, self._split, self._cuts, self._start = bundle, split, dict(cuts), dict(start)
         self._seed = seed
@@ -111,7 +114,8 @@ class ServerRound:
         self.importance = WeightImportance(bundle.model.get_base_model())
         self._contexts = ExitStack()
         self._contexts.enter_context(frozen_products(bundle.model, frozen))
-        self._contexts.enter_context(self.importance.watching())
+        if ask_importance:  # it keeps the output of every adapted layer until the backward pass
+            self._contexts.enter_context(self.importance.watching())
         self.trainer = SplitTrainer(
             split,
             self.session,

@@ -334,6 +334,7 @@ class HSplitLoRA(BaseStrategy):
                 self._task,
                 self._settings,
                 derive_seed(self.seed, self._server_round, "split"),
+                ask_importance=not self.cuts,
             )
         return self._round
 

@@ -16,21 +16,11 @@ from fedllm.errors import WorkerError
 from fedllm.node.federation import Federation
 from fedllm.node.health import ask
 from fedllm.superlink import free_port
-from tests.unit.test_server import write_rows
+from tests.e2e.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
-APP = """
-[project]
-name = "tiny"
-version = "0.1.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "tests"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
+CONFIG = """
 strategy = "fedavg"
 rounds = 3
 seed = 3
@@ -116,11 +106,7 @@ class Proxy:
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("apps") / "app"
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text(APP)
-    write_rows(folder / "train.csv", 0, 120)
-    return folder
+    return write_app(tmp_path_factory.mktemp("apps") / "app", CONFIG, 120)
 
 
 @pytest.fixture(scope="module")

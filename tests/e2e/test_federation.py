@@ -1,6 +1,5 @@
 """A TLS + authenticated federation of real processes on loopback: same bits as simulated, restarts, refusals, end."""
 
-import csv
 import os
 import signal
 import socket
@@ -18,20 +17,11 @@ from fedllm.flower import SuperLinkError
 from fedllm.node import certs
 from fedllm.node.federation import Federation
 from fedllm.node.member import Member
+from tests.e2e.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
-APP = """
-[project]
-name = "tiny"
-version = "0.1.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "tests"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
+CONFIG = """
 strategy = "fedavg"
 rounds = 2
 seed = 3
@@ -51,18 +41,7 @@ server.node-timeout = 900
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("apps") / "app"
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text(APP)
-    words = {"sport": "ball goal team match", "food": "bread soup salt fish", "sky": "moon star cloud rain"}
-    with (folder / "train.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for index in range(240):
-            label = list(words)[index % 3]
-            pool = words[label].split()
-            writer.writerow([f"{pool[index % 4]} {pool[(index // 4) % 4]} number {index}", label])
-    return folder
+    return write_app(tmp_path_factory.mktemp("apps") / "app", CONFIG, 240)
 
 
 @pytest.fixture(scope="module")

@@ -17,22 +17,13 @@ from fedllm.errors import ConfigError
 from fedllm.flower import executable
 from fedllm.processes import FLOWER_HOME, clean_up, of_home, start_guard
 from fedllm.ray_cluster import ask
+from tests.e2e.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 NICENESS = "RAY_worker_niceness"  # 15 unless told otherwise: a busy machine would starve the clients
 
-PYPROJECT = """
-[project]
-name = "demo"
-version = "0.1.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "tests"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
+CONFIG = """
 client = "tracking:Tracking"
 rounds = 2
 model.name = "tiny-random:bert"
@@ -131,9 +122,8 @@ def test_clients_run_on_both_nodes_and_the_result_is_that_of_one_machine(
     monkeypatch.setenv(NICENESS, "0")
     monkeypatch.setattr(sys, "path", list(sys.path))
     app, seen = tmp_path / "app", tmp_path / "seen"
-    app.mkdir()
     seen.mkdir()
-    (app / "pyproject.toml").write_text(PYPROJECT)
+    write_app(app, CONFIG)
     (app / "tracking.py").write_text(TRACKING.format(folder=str(seen)))
 
     job = simulate.prepare(app, name="cluster", ray_address=cluster)
@@ -152,7 +142,6 @@ def test_clients_run_on_both_nodes_and_the_result_is_that_of_one_machine(
 def test_a_cluster_without_room_is_refused_before_work_starts(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     app = tmp_path / "app"
-    app.mkdir()
-    (app / "pyproject.toml").write_text(PYPROJECT.replace("tracking:Tracking", "backprop"))
+    write_app(app, CONFIG.replace("tracking:Tracking", "backprop"))
     with pytest.raises(ConfigError, match="room for 0 clients with 2 CPUs"):
         simulate.prepare(app, ["simulation.cpus-per-client=2"], ray_address=cluster)

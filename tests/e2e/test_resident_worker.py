@@ -8,21 +8,11 @@ import pytest
 
 from fedllm.node.federation import Federation
 from fedllm.node.health import ask
-from tests.unit.test_server import write_rows
+from tests.e2e.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-APP = """
-[project]
-name = "tiny"
-version = "0.1.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "tests"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
+CONFIG = """
 strategy = "fedavg"
 rounds = 3
 model.name = "tiny-random:bert"
@@ -40,13 +30,11 @@ run.root = "runs"
 
 @pytest.fixture
 def app(tmp_path):
-    folder = tmp_path / "app"
-    folder.mkdir()
-    rows = write_rows(folder / "train.csv", 0, 120)
-    (folder / "pyproject.toml").write_text(
-        APP.replace("train.csv", str(rows)).replace("runs", str(tmp_path / "runs"))
-    )
-    return folder
+    paths = {"train.csv": tmp_path / "app" / "train.csv", "runs": tmp_path / "runs"}
+    config = CONFIG
+    for name, path in paths.items():
+        config = config.replace(name, str(path))
+    return write_app(tmp_path / "app", config, 120)
 
 
 def drops(run):

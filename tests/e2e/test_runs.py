@@ -1,6 +1,5 @@
 """Whole runs through `fedllm simulate`: the same bits for the same seed, also after kill -9 and resume."""
 
-import csv
 import json
 import os
 import signal
@@ -16,21 +15,12 @@ from peft import PeftModel
 from fedllm import registry
 from fedllm.base_models import load_base, resolve_device
 from fedllm.events import read_events
+from tests.e2e.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-APP = """
-[project]
-name = "tiny"
-version = "0.1.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "tests"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
+CONFIG = """
 strategy = "fedadam"
 rounds = 6
 seed = 3
@@ -50,18 +40,7 @@ simulation.clients = 5
 
 @pytest.fixture
 def app(tmp_path):
-    folder = tmp_path / "app"
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text(APP)
-    words = {"sport": "ball goal team match", "food": "bread soup salt fish", "sky": "moon star cloud rain"}
-    with (folder / "train.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for index in range(240):
-            label = list(words)[index % 3]
-            pool = words[label].split()
-            writer.writerow([f"{pool[index % 4]} {pool[(index // 4) % 4]} number {index}", label])
-    return folder
+    return write_app(tmp_path / "app", CONFIG, 240)
 
 
 def simulate(app, name, *options, wait=True, **environment):
