@@ -23,6 +23,7 @@ from fedllm.data import client_examples, label_counts, label_names
 from fedllm.encoded import Encoded
 from fedllm.errors import DataError, FedLLMError, PlanError
 from fedllm.frozen import frozen_products
+from fedllm.model_version import model_version
 from fedllm.models import ModelBundle, intact, load_bundle
 from fedllm.peak_memory import PeakMemory
 from fedllm.planned import Planned
@@ -37,6 +38,7 @@ from fedllm.records import (
     CONFIG,
     FROZEN,
     METRICS,
+    MODEL_VERSION,
     NUM_EXAMPLES,
     OWNED,
     SEED,
@@ -106,6 +108,7 @@ def describe(message: Message, context: Context) -> Message:
             "cpus": len(os.sched_getaffinity(0)),
             **node_resources(context.node_config, config, device, node_name(context)),
             NUM_EXAMPLES: len(examples),
+            MODEL_VERSION: model_version(config.model.name, config.model.revision),
         }
         if config.data.share_label_counts and config.task == "sequence-classification":
             counts = label_counts(config, *_partition(context), _node_file(context))

@@ -9,7 +9,8 @@ event               fields
 run-started         run, strategy, client, task, rounds, first_round (1, or k+1 when resumed after round k),
                     config (flat mapping), version, parameters (trained ones), adapter_bytes
 waiting-for-nodes   have, need
-node-joined         node, device, cpus, memory_bytes, num_examples, label_counts (only if the node shares it)
+node-joined         node, device, cpus, memory_bytes, num_examples, version, model_version, label_counts (only if the
+                    node shares it)
 node-rejected       node, reason
 round-started       round, nodes (names of those asked to train)
 node-replied        round, phase ("train" or "evaluate"), node, bytes_up, bytes_down, seconds (computing time

@@ -33,6 +33,7 @@ class LoopOptions:
         max_failed_rounds: rounds in a row without quorum after which the run stops.
         spool_bytes: bytes of waiting replies kept in memory.
         poll_interval: longest pause between two looks for replies; it is shorter while they come in.
+        model_version: of the server's base model; nodes that tell of another one are rejected. Empty: any will do.
     """
 
     min_nodes: int = 2
@@ -43,6 +44,7 @@ class LoopOptions:
     max_failed_rounds: int = 3
     spool_bytes: int = 32 * 2**20
     poll_interval: float = 0.05
+    model_version: str = ""
 
 
 class QuorumError(RoundError):

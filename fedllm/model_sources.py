@@ -238,13 +238,24 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a complete model folder."""
+    if not (folder / _INDEX).is_file():
+        return [folder / "model.safetensors"]
+    return [folder / shard for shard in _shards(folder)]
+
+
+def _shards(folder: Path) -> list[str]:
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()))
+
+
 def missing_files(folder: Path) -> list[str]:
     """Names of the files that a loadable model folder must have and this one has not."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if (folder / _INDEX).is_file():
         try:
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            shards = sorted(set(index["weight_map"].values()))
+            shards = _shards(folder)
         except (ValueError, KeyError):
             return [*missing, f"a readable {_INDEX}"]
         missing += [shard for shard in shards if not (folder / shard).is_file()]
@@ -265,7 +276,20 @@ def _cached_snapshot(model: ModelConfig) -> Path | None:
     return Path(config).parent
 
 
-def _ask_hub(model: ModelConfig) -> None:
+def hub_commit(model: ModelConfig) -> str:
+    """The commit of a model of the Hugging Face hub, from the cache where it is complete; empty for any other model.
+
+    Raises:
+        ModelError: as :func:`check_model`.
+    """
+    if _classify(model.name)[0] != "hub":
+        return ""
+    snapshot = _cached_snapshot(model)
+    return snapshot.name if snapshot else _ask_hub(model)
+
+
+def _ask_hub(model: ModelConfig) -> str:
+    """Make sure that the hub has the model with weights in safetensors; returns its commit."""
     name, revision = model.name, model.revision
     try:
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS)
@@ -284,7 +308,7 @@ def _ask_hub(model: ModelConfig) -> None:
         )
     else:
         if _has_safetensors(sibling.rfilename for sibling in info.siblings or ()):
-            return
+            return str(info.sha)
         reason = "has no safetensors weights on the Hugging Face hub, and no other format is read"
     raise ModelError(f"model.name={name!r} {reason}; {_ALTERNATIVES}")
 

@@ -13,11 +13,20 @@ from fedllm import __version__
 from fedllm.errors import PlanError
 from fedllm.events import EventBus
 from fedllm.narration import printable
-from fedllm.records import CONFIG, MAX_EXAMPLES, NUM_EXAMPLES, records_of
+from fedllm.records import CONFIG, MAX_EXAMPLES, MODEL_VERSION, NUM_EXAMPLES, records_of
 
 DESCRIBE = "query.describe"
 _MAX_NAME, _MAX_TEXT = 128, 20_000
-SHOWN = ("device", "cpus", "memory-bytes", "num-examples", "label-names", "label-counts", "version")
+SHOWN = (
+    "device",
+    "cpus",
+    "memory-bytes",
+    "num-examples",
+    "label-names",
+    "label-counts",
+    "version",
+    MODEL_VERSION,
+)
 """The parts of a node's description that go into its ``node-joined`` event."""
 
 
@@ -50,16 +59,24 @@ class NodeDirectory:
 
     A node whose app does not know ``query.describe`` (any stock Flower ClientApp) takes part under its node id.
     A node that answers with an error of its own, for instance an unreadable data file, is rejected by name, and so is
-    one with another version of fedllm: records and update rules may differ between versions.
+    one with another version of fedllm, since records and update rules may differ between versions, or with other
+    weights of the base model, on which the adapter of the others means nothing.
     """
 
     def __init__(
-        self, grid: Grid, events: EventBus, *, timeout: float = 180.0, poll_interval: float = 0.02
+        self,
+        grid: Grid,
+        events: EventBus,
+        *,
+        timeout: float = 180.0,
+        poll_interval: float = 0.02,
+        model_version: str = "",
     ) -> None:
         self._grid = grid
         self._events = events
         self._timeout = timeout
         self._poll_interval = poll_interval
+        self._model_version = model_version
         self._known: dict[int, NodeInfo] = {}
         self._rejected: dict[int, tuple[str, float]] = {}
         self._pending: dict[str, int] = {}
@@ -146,14 +163,8 @@ class NodeDirectory:
         if "error" in description:
             self._reject(node_id, name, str(description["error"]))
             return
-        version = description.get("version", __version__)
-        if version != __version__:
-            self._reject(
-                node_id,
-                name,
-                f"the node has fedllm {str(version)[:_MAX_NAME]}, the server {__version__}; install the same "
-                "version on both and start the node again",
-            )
+        if reason := self._other_version(description):
+            self._reject(node_id, name, reason)
             return
         count = description.get(NUM_EXAMPLES, 0)
         if len(name) > _MAX_NAME or len(str(dict(description))) > _MAX_TEXT:
@@ -183,6 +194,22 @@ class NodeDirectory:
             return  # it was asked again, and nothing has changed
         shown = {key.replace("-", "_"): description[key] for key in SHOWN if key in description}
         self._events.emit("node-joined", node=name, **shown)
+
+    def _other_version(self, description: ConfigRecord) -> str:
+        """Why a node's version of fedllm or of the base model is not the server's; empty if it is."""
+        version = str(description.get("version", __version__))[:_MAX_NAME]
+        if version != __version__:
+            return (
+                f"the node has fedllm {version}, the server {__version__}; install the same version on both "
+                "and start the node again"
+            )
+        model = str(description.get(MODEL_VERSION, ""))[:_MAX_NAME]
+        if model and self._model_version and model != self._model_version:
+            return (
+                f"the node's base model is {model}, the server's {self._model_version}: other weights under one "
+                "name; give both the same files, or pin model.revision, and start the node again"
+            )
+        return ""
 
     def _reject(self, node_id: int, name: str, reason: str) -> None:
         name, reason = printable(name, limit=_MAX_NAME), printable(reason, limit=_MAX_TEXT)

@@ -42,6 +42,8 @@ _NPY_HEADER = re.compile(
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES = "num-examples"
+MODEL_VERSION = "model-version"
+"""Key of a node's description, see :func:`fedllm.model_version.model_version`."""
 SERVER_ROUND, SEED, UPLOAD_CODEC = "server-round", "seed", "upload-codec"
 CLIENT, CLIENT_PARAMETERS = "client", "client-parameters"
 """Keys of a training message's configuration; the parameters are a JSON object."""

@@ -108,7 +108,11 @@ class _RoundLoop:
         self.checkpoints = checkpoints
         self.after_round = after_round
         self.directory = NodeDirectory(
-            grid, events, timeout=options.node_timeout, poll_interval=options.poll_interval
+            grid,
+            events,
+            timeout=options.node_timeout,
+            poll_interval=options.poll_interval,
+            model_version=options.model_version,
         )
         self.result = Result()
         self.stale: set[str] = set()

@@ -23,6 +23,7 @@ from fedllm.events import EventBus, EventSink, JsonlSink, LogSink
 from fedllm.exchange import LoopOptions
 from fedllm.generation import check_generation, generation_metrics
 from fedllm.hostile import HostileClients, LoneAttack
+from fedllm.model_version import model_version
 from fedllm.models import ModelBundle, load_bundle
 from fedllm.outcomes import HEADLINE_METRICS
 from fedllm.prometheus_sink import PrometheusSink
@@ -262,6 +263,7 @@ class _Run:
             max_failed_rounds=server.max_failed_rounds,
             spool_bytes=int(server.spool_megabytes * 2**20),
             poll_interval=server.poll_interval,
+            model_version=model_version(self.config.model.name, self.config.model.revision),
         )
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -270,7 +270,7 @@ def test_malformed_id():
 
 @pytest.mark.parametrize(("files", "good"), [(["model.safetensors"], True), (["pytorch_model.bin"], False)])
 def test_only_safetensors_of_the_hub_are_taken(monkeypatch, files, good):
-    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    info = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename=name) for name in files])
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
     if good:
         source = resolve_model(config("owner/model", revision="v1"))

@@ -5,6 +5,7 @@ import logging
 import random
 import time
 import tracemalloc
+from dataclasses import replace
 
 import flwr.serverapp.strategy as flower
 import numpy as np
@@ -350,6 +351,26 @@ def test_a_node_of_another_version_is_refused_with_both_versions_named():
     (rejected,) = recorder.of("node-rejected")
     assert rejected["node"] == "3"
     assert "the node has fedllm 9.9.9, the server " + __version__ in rejected["reason"]
+    assert recorder.of("aggregated")[0]["asked"] == 4
+
+
+def test_a_node_with_other_weights_of_the_base_model_is_refused_with_both_versions_named():
+    grid = FakeGrid(NAMES, drifting_client, names=NAMES)
+    describe = grid._describe
+    told = {"1": "weights 0123", "2": "weights abcd"}  # the other nodes tell nothing
+
+    def with_model(message, node):
+        reply = describe(message, node)
+        if NAMES[node] in told:
+            reply.content["config"]["model-version"] = told[NAMES[node]]
+        return reply
+
+    grid._describe = with_model
+    _, recorder = run(grid=grid, rounds=1, options=replace(FAST, model_version="weights 0123"))
+    (rejected,) = recorder.of("node-rejected")
+    assert rejected["node"] == "2"
+    assert "weights abcd" in rejected["reason"]
+    assert "weights 0123" in rejected["reason"]
     assert recorder.of("aggregated")[0]["asked"] == 4
 
 
