@@ -122,6 +122,20 @@ def run_app(app: Path, federation: Mapping[str, int | float], timeout: float = 3
     return time.perf_counter() - started
 
 
+def write_app(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write fedllm's own app with this configuration into a folder that does not exist yet."""
+    flower = {
+        "publisher": "benchmarks",
+        "components": {"serverapp": "fedllm.server_app:app", "clientapp": "fedllm.client_app:app"},
+        "config": config,
+    }
+    project = {"name": "benchmark", "version": "0.1.0", "dependencies": []}
+    folder.mkdir(parents=True)
+    content = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": flower}}})
+    (folder / "pyproject.toml").write_text(content, encoding="utf-8")
+    return folder
+
+
 def stage(app: str, target: Path, config: Mapping[str, Any]) -> Path:
     """Copy one of the benchmark apps and set keys of its configuration."""
     folder = target / app

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import tomli_w
-from harness import arguments, report
+from harness import arguments, report, write_app
 
 from fedllm.node.federation import Federation
 from fedllm.node.health import ask
@@ -54,17 +53,7 @@ def app(folder: Path, model: str, rounds: int, seed: int) -> Path:
         "run": {"root": str(folder / "runs")},
         "simulation": {"clients": 1},
     }
-    flower = {
-        "publisher": "benchmarks",
-        "components": {"serverapp": "fedllm.server_app:app", "clientapp": "fedllm.client_app:app"},
-        "config": config,
-    }
-    project = {"name": "overhead", "version": "0.1.0", "dependencies": []}
-    target = folder / "app"
-    target.mkdir(parents=True)
-    content = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": flower}}})
-    (target / "pyproject.toml").write_text(content, encoding="utf-8")
-    return target
+    return write_app(folder / "app", config)
 
 
 def measure(folder: Path, model: str, rounds: int, seed: int, *, worker: bool) -> Measured:

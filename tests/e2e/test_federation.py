@@ -39,6 +39,24 @@ server.node-timeout = 900
 """
 
 
+MINILM = """
+strategy = "fedavg"
+rounds = 2
+seed = 3
+model.name = "packaged:minilm"
+lora.dropout = 0.1
+data.source = "packaged:chatterbot"
+data.max-rows-per-label = 40
+data.max-length = 32
+data.partitioner = "dirichlet"
+train.local-steps = 4
+train.batch-size = 8
+simulation.clients = 3
+simulation.cpus-per-client = 1
+server.node-timeout = 900
+"""
+
+
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     return write_app(tmp_path_factory.mktemp("apps") / "app", CONFIG, 240)
@@ -97,7 +115,9 @@ def wait_for(condition, seconds=300):
     return value
 
 
-def test_a_deployed_run_ends_with_the_bits_of_the_simulated_one(federation, app, tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, MINILM], ids=["tiny", "minilm"])
+def test_a_deployed_run_ends_with_the_bits_of_the_simulated_one(config, federation, tmp_path):
+    app = write_app(tmp_path / "app", config, 240)
     deployed = fedllm("run", app, "-f", federation.folder, "--name", "deployed", cwd=tmp_path)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     assert "round 2/2: 3 of 3 clients" in deployed.stdout
