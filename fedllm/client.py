@@ -25,6 +25,7 @@ from fedllm.errors import DataError, FedLLMError, PlanError
 from fedllm.frozen import frozen_products
 from fedllm.model_version import model_version
 from fedllm.models import ModelBundle, intact, load_bundle
+from fedllm.packing import PACKED, pack, unpack
 from fedllm.peak_memory import PeakMemory
 from fedllm.planned import Planned
 from fedllm.records import (
@@ -89,6 +90,18 @@ def _logged(answer: Answer) -> Answer:
     return logged
 
 
+def _unpacked(answer: Answer) -> Answer:
+    """Let an answer see every array by itself; its reply is packed if the message was."""
+
+    @wraps(answer)
+    def unpacked(message: Message, context: Context) -> Message:
+        was_packed = unpack(message.content)
+        reply = answer(message, context)
+        return Message(pack(reply.content), reply_to=message) if was_packed else reply
+
+    return unpacked
+
+
 @_logged
 def describe(message: Message, context: Context) -> Message:
     """Answer ``query.describe``: resources and number of examples, or why this node cannot take part.
@@ -96,6 +109,7 @@ def describe(message: Message, context: Context) -> Message:
     No weight of the base model is read: the node may be too small to hold it as the configuration has it.
     """
     record: dict[str, Any] = {"name": node_name(context), "version": __version__, SIMULATED: _is_simulated()}
+    record[PACKED] = not record[SIMULATED]
     if (workers := _simulated_workers()) is not None:
         record[WORKERS] = workers
     try:
@@ -119,6 +133,7 @@ def describe(message: Message, context: Context) -> Message:
 
 
 @_logged
+@_unpacked
 def train(message: Message, context: Context) -> Message:
     """Answer ``train``: run the update rule that the message names on the adapter that it carries."""
     started = time.perf_counter()
@@ -174,6 +189,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 @_logged
+@_unpacked
 def evaluate(message: Message, context: Context) -> Message:
     """Answer ``evaluate``: metrics of the adapter on the client's own examples."""
     started = time.perf_counter()

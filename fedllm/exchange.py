@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedllm.errors import ReplyError, RoundError
 from fedllm.events import EventBus
 from fedllm.narration import printable
 from fedllm.outcomes import DropKind
+from fedllm.packing import pack, unpack
 from fedllm.records import NUM_EXAMPLES, records_of, wire_bytes
 from fedllm.spool import ReplySpool
 
@@ -86,6 +87,7 @@ class Exchange:
         server_round: int,
         phase: str,
         node_name: Callable[[int], str],
+        packs: Callable[[int], bool],
         check: Callable[[Message, Message], None],
     ) -> None:
         """Prepare an exchange.
@@ -97,6 +99,7 @@ class Exchange:
             server_round: the round, for events.
             phase: ``train`` or ``evaluate``, for events.
             node_name: the name of a node id.
+            packs: whether a node id takes packed records.
             check: raises :class:`ReplyError` for a reply (first argument) to a message (second) that cannot be used.
         """
         self._grid = grid
@@ -104,6 +107,7 @@ class Exchange:
         self._options = options
         self._where = {"round": server_round, "phase": phase}
         self._node_name = node_name
+        self._packs = packs
         self._check = check
         self._sent: dict[str, tuple[int, Message]] = {}
         self._open: set[str] = set()
@@ -119,7 +123,8 @@ class Exchange:
         for message in messages:
             # A reply that comes after the round has closed is of no use; neither is the work for it.
             message.metadata.ttl = self._options.round_timeout
-        ids = list(self._grid.push_messages(messages))
+        pushed = self._packed(messages)
+        ids = list(self._grid.push_messages(pushed))
         if (
             messages
             and not ids
@@ -134,7 +139,7 @@ class Exchange:
         if len(ids) != len(messages):
             # The in-memory grid leaves out what it refuses; the id it gave each message tells which.
             accepted = set(ids)
-            ids = [i if (i := message.metadata.message_id) in accepted else "" for message in messages]
+            ids = [i if (i := message.metadata.message_id) in accepted else "" for message in pushed]
         # A reply is about as large as what was sent.
         largest = max((self._sent_bytes(message) for message in messages), default=0)
         self._at_once = max(4, self._options.spool_bytes // max(largest, 1))
@@ -144,6 +149,29 @@ class Exchange:
             else:
                 self._drop(message, "unreachable", "the message could not be sent: the node is not connected")
         self._open = set(self._sent)
+
+    def _packed(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as they travel; those to many nodes that share one content go on sharing one."""
+        contents: dict[int, RecordDict] = {}
+        pushed = []
+        for message in messages:
+            told = message.metadata
+            if not self._packs(told.dst_node_id):
+                pushed.append(message)
+                continue
+            key = id(message.content)
+            if key not in contents:
+                contents[key] = pack(message.content)
+            pushed.append(
+                Message(
+                    contents[key],
+                    dst_node_id=told.dst_node_id,
+                    message_type=told.message_type,
+                    ttl=told.ttl,
+                    group_id=told.group_id,
+                )
+            )
+        return pushed
 
     @property
     def unanswered(self) -> set[str]:
@@ -180,9 +208,9 @@ class Exchange:
         self._drop(sent, "inconsistent", reason)
 
     def _pause(self) -> float:
-        """Short while replies come in, then as configured; after a minute of silence up to a second."""
+        """Short while replies come in, then as configured, later a fiftieth of the silence: a look costs time."""
         idle = time.monotonic() - self._last_arrival
-        return max(min(self._options.poll_interval, max(idle / 10, 0.002)), min(idle / 100 - 0.5, 1.0))
+        return max(min(self._options.poll_interval, max(idle / 10, 0.002)), min(idle / 50, 1.0))
 
     def _closed(self) -> bool:
         elapsed = time.monotonic() - self._started
@@ -223,6 +251,7 @@ class Exchange:
             self._drop(sent, "client-error", _last_line(reply.error.reason or ""))
             return False
         try:
+            unpack(reply.content)
             self._check(reply, sent)
         except ReplyError as error:
             self._drop(sent, "invalid", str(error))

@@ -13,6 +13,7 @@ from fedllm import __version__
 from fedllm.errors import PlanError
 from fedllm.events import EventBus
 from fedllm.narration import printable
+from fedllm.packing import PACKED
 from fedllm.records import CONFIG, MAX_EXAMPLES, MODEL_VERSION, NUM_EXAMPLES, records_of
 
 DESCRIBE = "query.describe"
@@ -142,6 +143,11 @@ class NodeDirectory:
     def name(self, node_id: int) -> str:
         """The name under which a node is known; its id if it never described itself."""
         return self._known[node_id].name if node_id in self._known else str(node_id)
+
+    def packs(self, node_id: int) -> bool:
+        """Whether a node takes packed records, see :mod:`fedllm.packing`."""
+        description = self._known[node_id].description if node_id in self._known else None
+        return description is not None and bool(description.get(PACKED, False))
 
     def _ask(self, node_ids: Iterable[int]) -> None:
         for node_id in sorted(node_ids):

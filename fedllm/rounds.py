@@ -245,6 +245,7 @@ class _RoundLoop:
             server_round=server_round,
             phase=phase,
             node_name=self.directory.name,
+            packs=self.directory.packs,
             check=check,
         )
 

@@ -26,6 +26,9 @@ _ADVICE = {
 _CONNECTED = "SuperNode ID:"  # Flower prints it when the SuperLink has admitted the node
 _TAKEN, _SENDING = "Received successfully", "Sending: "  # and these around its work on a message
 _CLIENT_APP = "flwr-clientapp"
+_START_PAUSE = (
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # seconds between Flower's looks for an app to start, by default 1
+)
 
 
 def supervisor(
@@ -129,4 +132,4 @@ def stuck(lines: Sequence[str], home: Path) -> str:
 def part_environment(home: Path, threads: int) -> Mapping[str, str]:
     """Flower's environment for a part, with its number of CPU threads; 0: all CPUs."""
     limited = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    return {**environment(home), **limited}
+    return {**environment(home), _START_PAUSE: "0.2", **limited}

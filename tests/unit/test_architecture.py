@@ -15,6 +15,7 @@ LAYERS = [
         "tasks",
         "lora",
         "records",
+        "packing",
         "encoded",
         "batches",
         "generation",

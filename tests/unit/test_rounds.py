@@ -5,6 +5,7 @@ import logging
 import random
 import time
 import tracemalloc
+from copy import deepcopy
 from dataclasses import replace
 
 import flwr.serverapp.strategy as flower
@@ -20,6 +21,7 @@ from fedllm.checkpoint import CheckpointStore, ServerState
 from fedllm.errors import CheckpointError, PlanError, RoundError
 from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
+from fedllm.packing import PACKED, pack, unpack
 from fedllm.records import decode, encode
 from fedllm.rounds import run_rounds
 from tests.fakes import FakeGrid, drift, drifting_client, initial_arrays, reply_with
@@ -372,6 +374,53 @@ def test_a_node_with_other_weights_of_the_base_model_is_refused_with_both_versio
     assert "weights abcd" in rejected["reason"]
     assert "weights 0123" in rejected["reason"]
     assert recorder.of("aggregated")[0]["asked"] == 4
+
+
+def test_nodes_that_can_unpack_get_one_array_and_the_result_is_the_same():
+    arrays_seen = {}
+
+    def unpacking(message, node):
+        arrays_seen.setdefault(NAMES[node], set()).add(len(message.content["arrays"]))
+        if NAMES[node] == "2":
+            return drifting_client(message, node)
+        message = deepcopy(
+            message
+        )  # messages share their content, as only they do that are not sent anywhere
+        unpack(message.content)
+        reply = drifting_client(message, node)
+        return Message(pack(reply.content), reply_to=message)
+
+    grid = FakeGrid(NAMES, unpacking, names=NAMES)
+    describe = grid._describe
+
+    def describe_packing(message, node):
+        reply = describe(message, node)
+        if NAMES[node] != "2":  # a node that does not say that it can
+            reply.content["config"][PACKED] = True
+        return reply
+
+    grid._describe = describe_packing
+    result, recorder = run(FedAdam(fraction_evaluate=0.0), grid=grid)
+    expected, plain = run(FedAdam(fraction_evaluate=0.0))
+    assert_same(result.arrays, expected.arrays)
+    several = {len(initial_arrays())}
+    assert arrays_seen == {name: several if name == "2" else {1} for name in NAMES.values()}
+    bytes_of = [(e["node"], e["bytes_up"], e["bytes_down"]) for e in recorder.of("node-replied")]
+    assert bytes_of == [(e["node"], e["bytes_up"], e["bytes_down"]) for e in plain.of("node-replied")]
+
+
+def test_a_packed_reply_that_cannot_be_read_is_dropped():
+    def broken(message, node):
+        reply = drifting_client(message, node)
+        if NAMES[node] == "2":
+            array = Array("uint8", (3,), "fedllm.packed", b"bad")
+            reply.content["arrays"] = ArrayRecord({"packed": array})
+        return reply
+
+    _, recorder = run(client=broken, rounds=1)
+    (dropped,) = recorder.of("node-dropped")
+    assert (dropped["node"], dropped["kind"]) == ("2", "invalid")
+    assert "cannot be unpacked" in dropped["reason"]
 
 
 def test_works_with_clients_that_cannot_describe_themselves():
