@@ -26,7 +26,15 @@ LAYERS = [
     | {"metrics", "prometheus_sink"}
     | {"data", "data_sources", "run_rows", "rows", "chatterbot", "token_cache", "partition", "progress_bars"}
     | {"history", "narration", "frozen"}
-    | {"adapter_ranks", "model_spec", "importance_report", "planned", "resources", "peak_memory"},
+    | {
+        "adapter_ranks",
+        "model_spec",
+        "importance_report",
+        "planned",
+        "resources",
+        "peak_memory",
+        "model_version",
+    },
     {
         "accumulate",
         "spool",

@@ -49,7 +49,7 @@ class ThreadGrid(ClientGrid):
         return ids
 
     def _work(self, message_id, message):
-        self._answers[message_id] = self.answer(message, message.metadata.dst_node_id)
+        self._answers[message_id] = self.receive(message, message.metadata.dst_node_id)
 
     def pull_messages(self, message_ids):
         message_ids = list(message_ids)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fedllm.errors import CheckpointError, ConfigError, PlanError, RoundError
 from fedllm.events import read_events
 from fedllm.models import ModelBundle, load_bundle
 from fedllm.nodes import DESCRIBE
+from fedllm.packing import pack, unpack
 from fedllm.records import decode, encode
 from fedllm.report import load_run
 from tests.fakes import FakeGrid
@@ -24,7 +26,7 @@ class ClientGrid(FakeGrid):
     """Every node answers with fedllm's own client code."""
 
     def __init__(self, flat, node_config=None, nodes=NODES):
-        super().__init__(nodes, self.answer)
+        super().__init__(nodes, self.receive)
         self.flat = flat
         self.node_config = node_config or (
             lambda node: {"partition-id": nodes[node], "num-partitions": len(nodes)}
@@ -38,6 +40,13 @@ class ClientGrid(FakeGrid):
             state=RecordDict(),
             run_config=self.flat,
         )
+
+    def receive(self, message, node):
+        """Every node gets a copy of its own, as over a network; arrays are packed on the way and nowhere else."""
+        message = deepcopy(message)
+        was_packed = unpack(message.content)
+        reply = self.answer(message, node)
+        return Message(pack(reply.content), reply_to=message) if was_packed and reply.has_content() else reply
 
     def answer(self, message, node):
         function = {"train": client.train, "evaluate": client.evaluate}[message.metadata.message_type]
