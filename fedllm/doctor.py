@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedllm.flower import is_newer, pinned
 from fedllm.narration import format_bytes, format_seconds
 
 Status = Literal["ok", "warn", "fail"]
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-_PACKAGES = ("flwr", "flwr-datasets", "torch", "transformers", "peft", "datasets")
+_PACKAGES = ("flwr-datasets", "torch", "transformers", "peft", "datasets")
 _LOW_DISK_BYTES = 5_000_000_000
 _HUB_TIMEOUT = 3.0
 
@@ -70,6 +71,7 @@ def check_packages() -> Iterator[Check]:
     """The required packages, against what fedllm's own metadata asks for."""
     yield Check("fedllm", "ok", version("fedllm"))
     required = {requirement.name: requirement for requirement in _requirements()}
+    yield check_flower(required["flwr"])
     for name in _PACKAGES:
         yield check_package(name, required[name])
 
@@ -95,6 +97,19 @@ def check_package(name: str, requirement: Requirement) -> Check:
     return Check(name, "ok", found)
 
 
+def check_flower(requirement: Requirement) -> Check:
+    """Flower: a newer one than the pinned versions serves simulations, but not deployments."""
+    check = check_package("flwr", requirement)
+    if find_spec("flwr") is None or not is_newer(found := version("flwr"), requirement):
+        return check
+    return Check(
+        "flwr",
+        "warn",
+        f"{found}, newer than {requirement.specifier}: for `fedllm simulate` only",
+        f"deployments, whose SuperNodes speak gRPC, need the pinned versions: {check.advice}",
+    )
+
+
 def check_ray() -> Iterator[Check]:
     """Ray, which only simulations need."""
     try:
@@ -104,7 +119,7 @@ def check_ray() -> Iterator[Check]:
             "ray",
             "warn",
             "not installed",
-            "needed for `fedllm simulate`: pip install 'flwr[simulation]>=1.39,<1.40'",
+            f"needed for `fedllm simulate`: pip install '{pinned()}'",
         )
 
 

@@ -13,8 +13,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from fedllm.errors import FedLLMError
 from fedllm.processes import FLOWER_HOME
@@ -45,6 +48,33 @@ class RunStatus:
         return self.status == COMPLETED
 
 
+def pinned() -> Requirement:
+    """The versions of Flower that fedllm is pinned to, as its own metadata tell them."""
+    return next(found for found in map(Requirement, requires("fedllm") or []) if found.name == "flwr")
+
+
+def is_newer(found: str, requirement: Requirement) -> bool:
+    """Whether a version is beyond those that a requirement admits, and not before them."""
+    refusing = [bound for bound in requirement.specifier if not bound.contains(found, prereleases=True)]
+    return bool(refusing) and all(bound.operator in {"<", "<="} for bound in refusing)
+
+
+def check_deployable() -> None:
+    """Refuse a Flower whose SuperLink and SuperNodes are not those that fedllm deploys.
+
+    Newer SuperNodes speak HTTP instead of gRPC: they would knock at a port where nobody answers, again and again.
+
+    Raises:
+        SuperLinkError: another version than the pinned ones is installed.
+    """
+    pin, found = pinned(), version("flwr")
+    if not pin.specifier.contains(found, prereleases=True):
+        raise SuperLinkError(
+            f"Flower {found} is installed, but SuperLinks and nodes need {pin.specifier}, whose SuperNodes speak "
+            f"gRPC: pip install '{pin}' on all of them"
+        )
+
+
 def executable(name: str) -> str:
     """Path of a command beside the running interpreter, virtual environment activated or not.
 
@@ -58,7 +88,7 @@ def executable(name: str) -> str:
     if found is None:
         raise SuperLinkError(
             f"the command {name!r} is neither in {beside.parent} nor on the PATH; "
-            "install Flower with `pip install 'flwr[simulation]>=1.39,<1.40'`"
+            f"install Flower with `pip install '{pinned()}'`"
         )
     return found
 

@@ -23,8 +23,9 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedllm.doctor import Check
+from fedllm.doctor import Check, check_package
 from fedllm.errors import FedLLMError
+from fedllm.flower import pinned
 from fedllm.narration import format_bytes, format_seconds
 from fedllm.node.settings import NodeSettings, read_node
 
@@ -43,7 +44,7 @@ def run_node_checks(config: Path) -> list[Check]:
         ConfigError: the settings cannot be read, or name a file that does not exist.
     """
     settings = read_node(config)
-    checks = [Check("settings", "ok", str(config))]
+    checks = [Check("settings", "ok", str(config)), check_package("flwr", pinned())]
     checks += check_authority(settings.root_certificates)
     checks += check_key(settings.private_key)
     checks += check_server(settings)

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 
-from fedllm.flower import executable
+from fedllm.flower import check_deployable, executable
 from fedllm.node.settings import SuperLinkSettings
 from fedllm.node.supernode import part_environment
 from fedllm.node.supervise import Backoff, Part, Supervisor
@@ -22,8 +22,9 @@ def supervisor(
     """The supervisor of a SuperLink; its :meth:`~Supervisor.run` returns after SIGTERM.
 
     Raises:
-        SuperLinkError: Flower is not installed.
+        SuperLinkError: Flower is not installed, or not in a version that can be deployed.
     """
+    check_deployable()
     return Supervisor("superlink", [superlink_part(settings)], settings.state, backoff=backoff, echo=echo)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import tomli_w
 
 from fedllm.errors import FedLLMError
-from fedllm.flower import environment, executable
+from fedllm.flower import check_deployable, environment, executable
 from fedllm.node.settings import NodeSettings
 from fedllm.node.supervise import Backoff, Part, Supervisor
 from fedllm.processes import command_name, of_home
@@ -37,8 +37,9 @@ def supervisor(
     """The supervisor of a node; its :meth:`~Supervisor.run` returns after SIGTERM.
 
     Raises:
-        SuperLinkError: Flower is not installed.
+        SuperLinkError: Flower is not installed, or not in a version that can be deployed.
     """
+    check_deployable()
     parts = [worker_part(settings)] if settings.worker else []
     return Supervisor(
         f"node {settings.title}",

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import threading
+from importlib.metadata import version
 
 import pytest
 from packaging.requirements import Requirement
@@ -33,12 +34,24 @@ def test_a_package_is_judged_by_the_requirement(text, status):
         assert f"pip install '{requirement}'" == check.advice
 
 
-def test_flower_must_be_the_version_that_fedllm_was_written_for():
-    flower = {check.name: check for check in doctor.check_packages()}["flwr"]
-    assert flower.status == "ok"
-    requirement = next(r for r in doctor._requirements() if r.name == "flwr")
-    assert requirement.specifier.contains("1.39.7")
-    assert not requirement.specifier.contains("1.40.0")
+@pytest.mark.parametrize(
+    ("installed", "status"),
+    [("1.38.0", "fail"), ("1.39.0", "ok"), ("1.39.7", "ok"), ("1.40.0", "warn"), ("2.0.0rc1", "warn")],
+)
+def test_a_newer_flower_is_for_simulations_only_and_an_older_one_for_nothing(monkeypatch, installed, status):
+    monkeypatch.setattr(doctor, "version", lambda name: installed if name == "flwr" else version(name))
+    check = {check.name: check for check in doctor.check_packages()}["flwr"]
+    assert check.status == status
+    assert installed in check.found
+    assert ("for `fedllm simulate` only" in check.found) == (status == "warn")
+    assert ("deployments" in check.advice) == (status == "warn")
+    assert bool(check.advice) == (status != "ok")
+
+
+def test_flower_that_is_missing_must_be_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    requirement = Requirement("flwr>=1,<1.1")
+    assert doctor.check_flower(requirement).advice == f"pip install '{requirement}'"
 
 
 def test_a_check_that_breaks_is_a_failure_and_not_an_exception():

@@ -14,6 +14,7 @@ import tomli_w
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from fedllm import doctor
 from fedllm.node import certs, node_checks
 
 
@@ -61,10 +62,11 @@ def serve():
 
 
 @pytest.fixture
-def check(folder, serve):
+def check(folder, serve, monkeypatch):
     """The checks of a node, by name; the server has the credentials of ``credentials``."""
 
-    def check(host="localhost", credentials=folder, port=None, **settings):
+    def check(host="localhost", credentials=folder, port=None, installed="1.39.7", **settings):
+        monkeypatch.setattr(doctor, "version", lambda name: installed)
         port = port or serve(credentials)
         path = folder / "node.toml"
         path.write_text(
@@ -91,7 +93,14 @@ def failures(found):
 def test_a_sound_node_has_nothing_to_mend(check):
     found = check()
     assert {result.status for result in found.values()} == {"ok"}, found
-    assert {"authority", "private key", "public key", "address", "port", "TLS", "data", "state"} <= set(found)
+    named = {"flwr", "authority", "private key", "public key", "address", "port", "TLS", "data", "state"}
+    assert named <= set(found)
+
+
+def test_a_flower_that_cannot_be_deployed(check):
+    found = check(installed="1.42.0")
+    assert failures(found) == {"flwr"}
+    assert "pip install 'flwr[simulation]" in found["flwr"].advice
 
 
 def test_an_expired_server_certificate(check, folder):
