@@ -23,7 +23,6 @@ import peft
 import torch
 import transformers
 from fedllm.clients.backprop_top_k import top_names
-from fedllm.clients.forward_ad.estimator import rows_at_once
 from fedllm.clients.forward_ad.jvp import dual_pass
 from fedllm.clients.forward_ad.linear import frozen_linear
 from fedllm.clients.forward_ad.setting import forward_mode
@@ -33,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.masking_utils import eager_mask
 
 from fedllm.live_memory import LiveMemory
+from fedllm.lora.modes import rows_at_once
 from fedllm.tangents import draw
 from fedllm.tasks import Task, get_task
 

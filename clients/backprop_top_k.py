@@ -31,7 +31,7 @@ class BackpropTopK:
     were sent.
 
     Args:
-        blocks: how many blocks, counted from the output, are trained besides the heads.
+        blocks: how many blocks, counted from the output, are trained besides the heads; 0: the heads alone.
         gradient_accumulation: pieces into which every batch is cut; the gradient stays that of the whole batch.
         optimizer: ``adamw`` or ``sgd``; its state starts fresh in every round.
         weight_decay: decoupled weight decay.
@@ -43,7 +43,7 @@ class BackpropTopK:
     def __init__(
         self,
         *,
-        blocks: Annotated[int, Field(ge=1)] = 1,
+        blocks: Annotated[int, Field(ge=0)] = 1,
         gradient_accumulation: Annotated[int, Field(ge=1)] = 1,
         optimizer: Literal["adamw", "sgd"] = "adamw",
         weight_decay: NonNegative = 0.0,
@@ -85,6 +85,8 @@ def top_names(names: Sequence[str], blocks: int) -> frozenset[str]:
         names: of tensors in the model's order; the first number in a name is that of its block.
         blocks: how many blocks; more than there are is all of them.
     """
+    if blocks == 0:
+        return frozenset()
     numbers = [int(match[1]) if (match := _BLOCK.search(name)) else None for name in names]
     found = sorted({number for number in numbers if number is not None})
     if blocks >= len(found):

@@ -52,7 +52,7 @@ from fedllm.records import (
     only_arrays,
     records_of,
 )
-from fedllm.resources import MEMORY, memory_budget, node_resources
+from fedllm.resources import MEMORY, gradient_mode, memory_budget, node_resources
 from fedllm.seeding import derive_seed
 from fedllm.tasks import get_task
 from fedllm.update import Attack, ClientUpdate, TrainJob
@@ -121,6 +121,7 @@ def describe(message: Message, context: Context) -> Message:
             "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             "cpus": len(os.sched_getaffinity(0)),
             **node_resources(context.node_config, config, device, node_name(context)),
+            **gradient_mode(context.node_config, node_name(context)),
             NUM_EXAMPLES: len(examples),
             MODEL_VERSION: model_version(config.model.name, config.model.revision),
         }

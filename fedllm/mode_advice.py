@@ -23,6 +23,7 @@ from fedllm.lora.spec import ModelSpec
 from fedllm.model_sources import quiet_transformers, resolve_model
 from fedllm.model_spec import kept_attention, model_spec
 from fedllm.narration import format_bytes
+from fedllm.planned import base_bits
 
 _UNITS = {"": 1.0, "B": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
@@ -74,7 +75,15 @@ def available_bytes(text: str | None, device: str) -> float:
 
 
 def advise(
-    model: ModelConfig, task: str, available: float, *, rank: int, batch: int, length: int, labels: int = 2
+    model: ModelConfig,
+    task: str,
+    available: float,
+    *,
+    rank: int,
+    batch: int,
+    length: int,
+    targets: str = "",
+    labels: int = 2,
 ) -> list[Advice]:
     """Every gradient mode with its predicted peak, from the best gradient downwards.
 
@@ -82,22 +91,24 @@ def advise(
         model: source, dtype, quantisation, attention and device.
         task: ``sequence-classification`` or ``causal-lm``.
         available: the node's memory in bytes.
-        rank: of an adapter on every linear layer of the blocks.
+        rank: of the adapter.
         batch: examples in a step.
         length: tokens of the longest example.
+        targets: ends of the names of the linear layers that have an adapter, with commas; empty: all of the blocks.
         labels: classes, for sequence classification.
 
     Raises:
         ModelError: the model is not there, or has no list of blocks.
     """
     spec, attention = _spec(model, task, labels)
-    bits = {"4bit": 4, "8bit": 8}.get(model.quantization, 32 if model.dtype == "float32" else 16)
     memory = MemoryModel(attention=attention, quantized_compute=4 if model.dtype == "float32" else 2)
-    shape = StepShape({weight.name: rank for weight in spec.weights}, bits, batch, length)
+    ends = tuple(f".{end.strip()}" for end in targets.split(",")) if targets else ("",)
+    ranks = {weight.name: rank for weight in spec.weights if weight.name.endswith(ends)}
+    shape = StepShape(ranks, base_bits(model), batch, length)
     found = []
     for mode, size in _variants(batch):
-        needed = mode_memory(mode, spec, replace(shape, batch=size), memory).total
-        found.append(Advice(mode, size, needed, needed <= available, _setting(mode, size, batch)))
+        needed = mode_memory(mode, spec, replace(shape, micro_batch=size), memory).total
+        found.append(Advice(mode, size or batch, needed, needed <= available, _setting(mode, size)))
     return found
 
 
@@ -115,8 +126,8 @@ def _spec(model: ModelConfig, task: str, labels: int) -> tuple[ModelSpec, str]:
 
 
 def _variants(batch: int) -> Sequence[tuple[Mode, int]]:
-    """The ladder, and those of its rungs that can cut a batch, one example at a time."""
-    whole = [(mode, batch) for mode in LADDER]
+    """The ladder with micro-batches: 0, the mode's own choice, and where a rung can cut a batch, one example."""
+    whole = [(mode, 0) for mode in LADDER]
     if batch == 1:
         return whole
     position = LADDER.index("backprop-checkpointed") + 1
@@ -129,9 +140,9 @@ def _variants(batch: int) -> Sequence[tuple[Mode, int]]:
     ]
 
 
-def _setting(mode: Mode, micro_batch: int, batch: int) -> str:
+def _setting(mode: Mode, micro_batch: int) -> str:
     setting = f'client="{mode}"'
-    if micro_batch == batch:
+    if micro_batch == 0:
         return setting
     return f"{setting} {mode}.micro-batch-size={micro_batch}"
 

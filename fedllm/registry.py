@@ -177,6 +177,8 @@ def sink_tables(config: RunConfig) -> frozenset[str]:
 def check(config: RunConfig) -> None:
     """Check that what the configuration names exists, and all parameters of plug-ins, of unused ones too.
 
+    A plug-in whose class has a static method ``check_config(config)`` also looks at the configuration as a whole.
+
     Raises:
         ConfigError: a wrong parameter, or a client, codecs or an aggregation that the strategy cannot do.
         RegistryError: a plug-in that cannot be found or loaded.
@@ -197,6 +199,9 @@ def check(config: RunConfig) -> None:
     _check_reply_kind(config)
     _check_codecs(config)
     _check_aggregation(config)
+    for kind, ref in used.items():
+        if (look := getattr(load(kind, ref), "check_config", None)) is not None:
+            look(config)
 
 
 def _check_codecs(config: RunConfig) -> None:

@@ -11,14 +11,18 @@ import math
 import time
 from collections.abc import Mapping
 from functools import cache
+from typing import get_args
 
 import psutil
 import torch
 
 from fedllm.config import RunConfig
 from fedllm.errors import PlanError
+from fedllm.lora.modes import Rung
 
 MEMORY, SPEED, UPLOAD, DOWNLOAD = "memory-bytes", "flops-per-second", "upload-rate", "download-rate"
+GRADIENT_MODE = "gradient-mode"
+"""In a node's ``--node-config``: how it is to get its gradients, whatever the run has for the others."""
 DEFAULT_RATE = 12.5e6
 """Bytes a second of a link of which nothing is known: 100 Mbit/s."""
 
@@ -66,6 +70,21 @@ def memory_budget(
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return int(psutil.virtual_memory().total)
+
+
+def gradient_mode(node_config: Mapping[str, object], node: str) -> dict[str, str]:
+    """The gradient mode that this node's operator has chosen for it, for its description; empty without one.
+
+    Raises:
+        PlanError: there is no such mode; node, key and the known ones are named.
+    """
+    if GRADIENT_MODE not in node_config:
+        return {}
+    if (mode := node_config[GRADIENT_MODE]) not in get_args(Rung):
+        raise PlanError(
+            f"node {node}: {GRADIENT_MODE} is {mode!r}, expected one of {', '.join(get_args(Rung))}"
+        )
+    return {GRADIENT_MODE: str(mode)}
 
 
 @cache

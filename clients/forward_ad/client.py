@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from fedllm.clients.local import (
 from pydantic import Field
 from torch import nn
 
+from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, TrainError
 from fedllm.records import DIRECTION, SCALARS
 from fedllm.tangents import Distribution, head_seed, is_second_factor, project
@@ -31,6 +33,8 @@ from fedllm.update import TrainJob, TrainResult
 
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+logger = logging.getLogger(__name__)
 
 _CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -100,6 +104,22 @@ class ForwardAD:
         self.tangent_chunk = tangent_chunk
         self.dropout = dropout
 
+    @staticmethod
+    def check_config(config: RunConfig) -> None:
+        """Refuse scalars where no strategy asks for them.
+
+        Raises:
+            ConfigError: ``upload`` is set, but the strategy expects tensors.
+        """
+        per_iteration = config.plugins.get("spry", {}).get("communication") == "per-iteration"
+        if config.plugins.get("forward-ad", {}).get("upload") == "scalars" and not (
+            config.strategy == "spry" and per_iteration
+        ):
+            raise ConfigError(
+                'forward-ad.upload is scalars, but the strategy expects tensors: set strategy = "spry" and '
+                'spry.communication = "per-iteration", which asks clients for scalars by itself'
+            )
+
     def run(self, job: TrainJob) -> TrainResult:
         """Train for the configured steps, or measure one batch.
 
@@ -130,7 +150,7 @@ class ForwardAD:
             )
         trained = {**perturbed, **heads}
         with training(job, trained, dropout=self.dropout):
-            self._check(job, perturbed)
+            self._check(job)
             with forward_mode(job.bundle.model, job.task, trained) as loss:
                 yield ForwardGradient(
                     job,
@@ -155,11 +175,22 @@ class ForwardAD:
         scalars = torch.cat([result.jvps.float(), heads[: self.head_tangents if result.heads else 0]])
         return TrainResult({SCALARS: scalars}, len(job.examples), result.loss, {"steps": 1})
 
-    def _check(self, job: TrainJob, perturbed: dict[str, nn.Parameter]) -> None:
-        """Check the model's forward mode before its first use in this process, without dropout."""
+    def _check(self, job: TrainJob) -> None:
+        """Check the model's forward mode before its first use in this process, without dropout.
+
+        All of the adapter is perturbed for it, whatever this client owns: a model is checked once, and later jobs may
+        own what this one does not.
+        """
         model, config = job.bundle.model, job.bundle.config
+        perturbed = {name: p for name, p in job.bundle.trainable().items() if not job.bundle.is_head(name)}
         if model in _CHECKED or not perturbed:
             return
+        base = model.get_base_model()
+        logger.info(
+            "%s: forward-ad replaces its attention (%s) by one that has a forward-mode derivative",
+            config.name,
+            base.config._attn_implementation,
+        )
         model.eval()
         batch = short_batch(batch_of(job, next(steps_of(job))[1][:1]))
         dtype = getattr(torch, config.dtype)

@@ -11,18 +11,9 @@ from fedllm.clients.local import check_loss, pieces_of
 from torch import Tensor, nn
 
 from fedllm.errors import TrainError
+from fedllm.lora.modes import rows_at_once
 from fedllm.tangents import Distribution, draw, project, regenerate
 from fedllm.update import TrainJob
-
-_TOKENS = 1024
-
-
-def rows_at_once(length: int) -> int:
-    """Examples of a length that share a dual pass unless told otherwise: 1,024 tokens' worth, at least one.
-
-    Without a graph pieces cost no more operations than the whole, and so many tokens keep any device busy.
-    """
-    return max(1, _TOKENS // length)
 
 
 @dataclass
@@ -65,7 +56,7 @@ class ForwardGradient:
         tangents: K.
         distribution: of the tangents.
         at_once: tangents that share a dual pass.
-        micro_batch_size: examples that share a dual pass; 0: see :func:`rows_at_once`.
+        micro_batch_size: examples that share a dual pass; 0: see :func:`fedllm.lora.modes.rows_at_once`.
         control: what is known about the gradient beforehand.
     """
 

@@ -6,10 +6,9 @@ Usage: python compare.py [--rounds N] [--only MODE,MODE] [--root FOLDER]. A mode
 from __future__ import annotations
 
 import argparse
-import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -57,17 +56,16 @@ def run(mode: str, rounds: int, root: Path) -> RunHistory:
     folder = root / f"forward-mode-{mode}-{rounds}"
     if not folder.exists() or load_run(folder).status != "finished":
         resume = ["--resume" if folder.exists() else "--name", folder.name]
-        overrides = shlex.quote(str(root)).replace("'", "")
         subprocess.run(
             [sys.executable, "-m", "fedllm", "simulate", str(APP), *resume, "--rounds", str(rounds), "-c",
-             f'client="{mode}" run.root="{overrides}" {MODES[mode]}'],
+             f'client="{mode}" run.root="{root}" {MODES[mode]}'],
             check=True,
         )  # fmt: skip
     return load_run(folder)
 
 
 def memory(mode: str, config: Mapping[str, object]) -> float:
-    """Predicted peak of a step in MB, weights included; on a CPU a process's own peak tells nothing of a mode."""
+    """Predicted peak of a step in MB, weights included: what a process takes on a CPU tells nothing of a mode."""
     lines = advise(
         ModelConfig(name=str(config["model.name"])),
         str(config["task"]),
@@ -75,8 +73,18 @@ def memory(mode: str, config: Mapping[str, object]) -> float:
         rank=int(str(config["lora.rank"])),
         batch=int(str(config["train.batch-size"])),
         length=int(str(config["data.max-length"])),
+        targets=str(config["lora.target-modules"]),
     )
     return next(line.bytes for line in lines if line.mode == MEMORY_OF.get(mode, mode)) / 1e6
+
+
+def by_bytes_up(history: RunHistory) -> Iterator[tuple[float, float]]:
+    """MB that all clients have sent, and accuracy then."""
+    accuracy, sent = dict(history.metric("accuracy", "server")), 0
+    for record in history.closed_rounds:
+        sent += record.bytes_up
+        if record.number in accuracy:
+            yield sent / 1e6, accuracy[record.number]
 
 
 def compare(histories: Mapping[str, RunHistory], root: Path) -> None:
@@ -86,16 +94,17 @@ def compare(histories: Mapping[str, RunHistory], root: Path) -> None:
         "mode",
         "accuracy",
         "seconds in clients",
-        "peak MB of a step",
+        "predicted peak MB of a step",
         "kB up a round and client",
     ):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
-    points = []
+    points, sent = [], []
     for index, (mode, history) in enumerate(histories.items()):
         accuracy = history.metric("accuracy", "server")[-1][1]
         replies = [reply for record in history.closed_rounds for reply in record.replies]
         peak = memory(mode, history.config)
         points.append(Series(mode, ((peak, accuracy),), index))
+        sent.append(Series(mode, tuple(by_bytes_up(history)), index))
         table.add_row(
             mode,
             f"{accuracy:.3f}",
@@ -104,9 +113,13 @@ def compare(histories: Mapping[str, RunHistory], root: Path) -> None:
             f"{history.bytes_up / max(len(replies), 1) / 1e3:.1f}",
         )
     Console().print(table)
-    by = [panel for panel in comparison_panels(histories) if panel.title.startswith("Accuracy by")]
+    panels = [
+        *(panel for panel in comparison_panels(histories) if panel.title == "Accuracy by time"),
+        Panel("Accuracy by bytes sent", tuple(sent), "MB sent by all clients"),
+        Panel("Accuracy by memory", tuple(points), "predicted peak MB of a step"),
+    ]
     picture = root / "forward_mode.png"
-    write_png([*by, Panel("Accuracy by memory", tuple(points), "MB in a step")], picture, "Gradient modes")
+    write_png(panels, picture, "Gradient modes")
     page = write_report([root / history.name for history in histories.values()], root / "comparison.html")
     print(f"{picture}\n{page}")
 

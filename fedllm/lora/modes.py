@@ -19,8 +19,10 @@ from fedllm.lora.spec import ModelSpec
 Mode = Literal["backprop", "backprop-checkpointed", "backprop-top-k", "forward-ad", "zeroth-order"]
 LADDER: tuple[Mode, ...] = get_args(Mode)
 """From the best gradient and the most memory downwards; the names are those of the client updates."""
+Rung = Literal["backprop", "backprop-checkpointed", "forward-ad", "zeroth-order"]
+"""The modes that train all that a node is dealt."""
 
-FORWARD_AD_TOKENS = 2048
+FORWARD_AD_TOKENS = 1024
 """Tokens of a batch that share a pass of forward mode, unless ``forward-ad.micro-batch-size`` says otherwise."""
 _AT_ONCE = 2**21  # attention scores, and logits, that forward mode has at a time
 _FLOAT32 = 4
@@ -33,8 +35,9 @@ class StepShape:
     Attributes:
         ranks: rank by weight name; absent: not adapted.
         bits: width of the base.
-        batch: examples that are in memory at once.
+        batch: examples of a step.
         length: tokens of the longest example.
+        micro_batch: examples that share a pass, in modes that can cut a batch; 0: the mode's own choice.
         tangents: tangents of forward mode that share a pass.
         blocks: top blocks that ``backprop-top-k`` trains.
     """
@@ -43,8 +46,17 @@ class StepShape:
     bits: int
     batch: int
     length: int
+    micro_batch: int = 0
     tangents: int = 1
     blocks: int = 1
+
+
+def rows_at_once(length: int) -> int:
+    """Examples of a length that share a pass of forward mode unless told otherwise: 1,024 tokens' worth, at least one.
+
+    Without a graph pieces cost no more operations than the whole, and so many tokens keep any device busy.
+    """
+    return max(1, FORWARD_AD_TOKENS // length)
 
 
 def mode_memory(mode: Mode, spec: ModelSpec, shape: StepShape, memory: MemoryModel) -> MemoryEstimate:
@@ -59,17 +71,18 @@ def mode_memory(mode: Mode, spec: ModelSpec, shape: StepShape, memory: MemoryMod
     Raises:
         ValueError: an unknown width of the base.
     """
+    rows = _rows(mode, shape)
     if mode == "backprop-checkpointed":
         memory = replace(memory, checkpointing=True)
     if mode == "backprop-top-k":
         first = spec.num_blocks - min(shape.blocks, spec.num_blocks)
         trained = {w.name: shape.ranks.get(w.name, 0) for w in spec.weights if w.block >= first}
-        estimate = memory.predict(spec, trained, shape.bits, shape.batch, shape.length)
+        estimate = memory.predict(spec, trained, shape.bits, rows, shape.length)
         rest = _adapter_parameters(spec, shape.ranks) - _adapter_parameters(spec, trained)
         return replace(estimate, adapter=estimate.adapter + _FLOAT32 * rest)
     if mode in ("backprop", "backprop-checkpointed"):
-        return memory.predict(spec, shape.ranks, shape.bits, shape.batch, shape.length)
-    return (_forward_ad if mode == "forward-ad" else _zeroth_order)(spec, shape, memory)
+        return memory.predict(spec, shape.ranks, shape.bits, rows, shape.length)
+    return (_forward_ad if mode == "forward-ad" else _zeroth_order)(spec, shape, rows, memory)
 
 
 def fitting(
@@ -79,19 +92,24 @@ def fitting(
     return [mode for mode in modes if mode_memory(mode, spec, shape, memory).total <= available]
 
 
-def _zeroth_order(spec: ModelSpec, shape: StepShape, memory: MemoryModel) -> MemoryEstimate:
-    tokens = shape.batch * shape.length
+def _rows(mode: Mode, shape: StepShape) -> int:
+    """Examples in memory at once."""
+    own = rows_at_once(shape.length) if mode == "forward-ad" else shape.batch
+    return min(shape.batch, shape.micro_batch or own)
+
+
+def _zeroth_order(spec: ModelSpec, shape: StepShape, rows: int, memory: MemoryModel) -> MemoryEstimate:
+    tokens = rows * shape.length
     hidden, wide, scores = _sizes(spec, tokens, shape, memory)
     widest = max(
         3 * hidden + 3 * wide,  # residual, input and output of the layer; its product, LoRA's, their sum
-        5 * hidden + (2 * scores * shape.batch if memory.attention == "eager" else 0),
+        5 * hidden + (2 * scores * rows if memory.attention == "eager" else 0),
         2 * _FLOAT32 * tokens * spec.vocabulary,  # logits and log-probabilities
     )
     return _estimate(spec, shape, memory, state=_FLOAT32, widest=widest)
 
 
-def _forward_ad(spec: ModelSpec, shape: StepShape, memory: MemoryModel) -> MemoryEstimate:
-    rows = min(shape.batch, max(FORWARD_AD_TOKENS // shape.length, 1))
+def _forward_ad(spec: ModelSpec, shape: StepShape, rows: int, memory: MemoryModel) -> MemoryEstimate:
     tokens, tangents = rows * shape.length, shape.tangents
     hidden, wide, scores = _sizes(spec, tokens, shape, memory)
     scores = min(scores, max(_AT_ONCE * _FLOAT32, scores / spec.num_heads))

@@ -9,12 +9,13 @@ import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from fedllm.config import Section, describe_validation_error, kebab
 from fedllm.errors import ConfigError
+from fedllm.lora.modes import Rung
 
 WORKER_SOCKET = "worker-socket"
 _SOCKET_LENGTH = 107  # bytes that Linux allows for the path of a Unix socket
@@ -69,6 +70,9 @@ class NodeSettings(Section):
         "",
         pattern=r"^(auto|cpu|cuda(:\d+)?)?$",
         description="auto, cpu, cuda or cuda:N; empty: the run decides",
+    )
+    gradient_mode: Rung | Literal[""] = Field(
+        "", description="how the node gets gradients where the strategy is spry; empty: the run decides"
     )
     memory_megabytes: float | None = Field(
         None, gt=0, description="memory that a training may take, in MB; unset: all"
@@ -129,6 +133,7 @@ class NodeSettings(Section):
             "partition-id": self.partition_id,
             "num-partitions": self.num_partitions,
             "device": self.device or None,
+            "gradient-mode": self.gradient_mode or None,
             "memory-megabytes": self.memory_megabytes,
             "flops-per-second": self.flops_per_second,
             "upload-rate": self.upload_rate,

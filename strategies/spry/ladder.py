@@ -1,20 +1,23 @@
-"""Which gradient mode a node uses: the first of a list that its memory can afford."""
+"""Which gradient mode a node uses: the one that it asks for, or the first of a list that its memory can afford."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 from pydantic import BeforeValidator
 
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import PlanError
 from fedllm.lora.memory import MemoryModel
-from fedllm.lora.modes import Mode, StepShape, mode_memory
+from fedllm.lora.modes import Mode, Rung, StepShape, mode_memory
 from fedllm.narration import format_bytes
 from fedllm.nodes import NodeInfo
-from fedllm.resources import MEMORY
+from fedllm.planned import base_bits
+from fedllm.resources import GRADIENT_MODE, MEMORY
 
 if TYPE_CHECKING:
     from fedllm.models import ModelBundle
@@ -28,8 +31,6 @@ def _split(value: Any) -> Any:
     )
 
 
-# Without backprop-top-k: it would train but a part of what its node is dealt.
-Rung = Literal["backprop", "backprop-checkpointed", "forward-ad", "zeroth-order"]
 Modes = Annotated[tuple[Rung, ...], BeforeValidator(_split)]
 
 
@@ -48,6 +49,7 @@ class Ladder:
 
     def prepare(self, config: RunConfig, bundle: ModelBundle) -> None:
         """Predict the memory of every mode for the run's model, batch and length."""
+        self._plugins = config.plugins
         if not self._modes:
             return
         from fedllm.model_spec import kept_attention, model_spec
@@ -61,26 +63,28 @@ class Ladder:
             adapter_dropout=config.lora.dropout > 0,
             quantized_compute=4 if model.dtype == "float32" else 2,
         )
-        bits = {"4bit": 4, "8bit": 8}.get(model.quantization, 32 if model.dtype == "float32" else 16)
-        self._plugins = config.plugins
         for mode in self._modes:
-            own = config.plugins.get(mode, {})
-            micro = int(own.get("micro-batch-size", 0))
+            own, batch = config.plugins.get(mode, {}), config.train.batch_size
             shape = StepShape(
                 ranks=bundle.ranks,
-                bits=bits,
-                batch=min(micro or config.train.batch_size, config.train.batch_size),
+                bits=base_bits(model),
+                batch=batch,
                 length=config.data.max_length,
+                micro_batch=_pass_size(own, batch),
                 tangents=int(own.get("tangent-chunk", 0) or own.get("tangents", 1)),
             )
-            self._needs[mode] = mode_memory(mode, spec, shape, memory).total
+            recomputes = replace(memory, checkpointing=bool(own.get("gradient-checkpointing", False)))
+            self._needs[mode] = mode_memory(mode, spec, shape, recomputes).total
 
     def mode_of(self, node: NodeInfo) -> Mode | None:
-        """The first mode that fits the memory that a node described; the last one, with a warning, if none does.
+        """The mode that a node asks for; else the first that fits the memory that it described, else the last.
 
         Raises:
             PlanError: the node did not say how much memory it has, or the strategy runs outside fedllm's server.
         """
+        asked = None if node.description is None else node.description.get(GRADIENT_MODE)
+        if asked in get_args(Rung):
+            return cast(Mode, asked)
         if not self._modes:
             return None
         if not self._needs:
@@ -104,3 +108,10 @@ class Ladder:
     def parameters(self, mode: Mode) -> dict[str, Scalar]:
         """The parameters that the run's configuration has for a mode."""
         return dict(self._plugins.get(mode, {}))
+
+
+def _pass_size(parameters: Mapping[str, Scalar], batch: int) -> int:
+    """Examples that share a pass by a mode's own parameters; 0: they do not say."""
+    if "gradient-accumulation" in parameters:
+        return math.ceil(batch / int(parameters["gradient-accumulation"]))
+    return int(parameters.get("micro-batch-size", 0))

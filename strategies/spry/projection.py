@@ -33,12 +33,13 @@ class Projection:
         shared = frozenset(units.shared)
         heads = tuple(name for name in owned_names(config) if name in shared)
         factors = tuple(name for name in owned_names(config) if name not in shared)
-        exact = bool(parameters["exact-heads"]) and bool(heads)
+        exact = bool(parameters["exact-heads"])
+        projected = heads if exact and int(parameters["head-tangents"]) else ()  # without tangents heads stay
         return cls(
             factors if exact else factors + heads,
-            heads if exact else (),
+            projected,
             int(parameters["tangents"]),
-            int(parameters["head-tangents"]) if exact else 0,
+            int(parameters["head-tangents"]) if projected else 0,
             parameters["distribution"],  # type: ignore[arg-type]
         )
 

@@ -75,7 +75,8 @@ class Spry(BaseStrategy):
         tau: Yogi's adaptivity; larger is closer to plain averaging. None: the preset's, and 0.001 per iteration.
         modes: client updates in order of preference, for example
             ``backprop-checkpointed,forward-ad,zeroth-order``; each node gets the first whose predicted memory is within
-            what the node described. Empty: ``client`` decides for all.
+            what the node described. Empty: ``client`` decides for all. A node whose ``gradient-mode`` is set in its own
+            configuration gets that in both cases; per iteration all use ``forward-ad``.
         send_direction: send the server's last step along, for clients that sample around it or use it as a control
             variate; doubles what goes down.
         kwargs: keywords of :class:`fedllm.strategy.BaseStrategy`.
@@ -119,6 +120,30 @@ class Spry(BaseStrategy):
         self._configs: dict[_Plan, ConfigRecord] = {}
         self._direction: dict[str, torch.Tensor] = {}
         self._shared_as: tuple[int, int] | None = None
+
+    @staticmethod
+    def check_config(config: RunConfig) -> None:
+        """Refuse what clients or server would stumble over in the first round.
+
+        Raises:
+            ConfigError: client, communication and the client's parameters do not go together.
+        """
+        own, client = (config.plugins.get(table, {}) for table in ("spry", FORWARD_AD))
+        if own.get("communication") == "per-iteration":
+            if config.client != FORWARD_AD:
+                raise ConfigError(
+                    f'spry.communication per-iteration rebuilds forward gradients: set client = "{FORWARD_AD}", '
+                    f"found {config.client!r}"
+                )
+            if client.get("control-variate"):
+                raise ConfigError(
+                    "forward-ad.control-variate is for spry.communication per-epoch: from scalars alone the server "
+                    "would rebuild another gradient; leave it out"
+                )
+        elif client.get("control-variate") and config.client == FORWARD_AD and not own.get("send-direction"):
+            raise ConfigError(
+                "forward-ad.control-variate needs the server's last step: set spry.send-direction = true"
+            )
 
     def prepare(self, config: RunConfig, bundle: ModelBundle, events: EventBus) -> None:
         """Learn the model's sizes, by which nodes get their gradient modes."""
@@ -175,7 +200,10 @@ class Spry(BaseStrategy):
         hands = deal(units, clients, server_round, self.dealing)
         self._tell_sharing(units, clients, hands)
         return {
-            node.node_id: _Plan(self._units.names(hand), self.ladder.mode_of(node))
+            node.node_id: _Plan(
+                self._units.names(hand),
+                self.ladder.mode_of(node) if self.communication == "per-epoch" else None,
+            )
             for node, hand in zip(chosen, hands, strict=True)
         }
 
@@ -209,10 +237,7 @@ class Spry(BaseStrategy):
         planned[OWNED] = list(owned)
         if self.communication == "per-iteration":
             if client != FORWARD_AD:
-                raise PlanError(
-                    f'spry.communication per-iteration rebuilds forward gradients: set client = "{FORWARD_AD}", '
-                    f"found {client!r}"
-                )
+                raise PlanError(f"spry.communication per-iteration goes with {FORWARD_AD}, found {client!r}")
             parameters["upload"] = "scalars"
             planned[UPLOAD_CODEC] = "raw"
         if client:

@@ -21,6 +21,7 @@ from fedllm.mode_advice import advise, parse_bytes, render
 from fedllm.model_spec import kept_attention, model_spec
 from fedllm.models import load_bundle
 from fedllm.nodes import NodeInfo
+from fedllm.resources import gradient_mode
 from fedllm.tasks import get_task
 from fedllm.update import TrainJob
 
@@ -41,11 +42,11 @@ def spec(minilm):
 
 
 def measured_bytes(bundle, mode, batch, length, **parameters):
-    """Weights, and the most that lives beside them during two local steps."""
+    """Weights, and the most that lives beside them during local steps."""
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(5, 50, (length,), generator=generator).tolist() for _ in range(batch)]
     examples = Encoded.from_lists(tokens, [row % 4 for row in range(batch)])
-    train = TrainConfig(batch_size=batch, local_steps=2)
+    train = TrainConfig(batch_size=batch, local_steps=1 if mode == "forward-ad" else 2)
     task = get_task("sequence-classification")
     job = TrainJob(bundle, task, examples, train, 1, 1, "0", bundle.adapter_state())
     update = registry.build("clients", mode, parameters)
@@ -58,16 +59,26 @@ def measured_bytes(bundle, mode, batch, length, **parameters):
     return memory.peak + sum(tensor.nbytes for tensor in weights)
 
 
-CASES = [(mode, 1) for mode in LADDER] + [("forward-ad", 3)]
+FORWARD = [
+    {"tangents": 3},
+    {"batch": 16, "length": 128, "tangents": 4},
+    {"batch": 16, "length": 128, "micro_batch": 16},
+]
+CASES = [(mode, {}) for mode in LADDER] + [("forward-ad", case) for case in FORWARD]
 
 
-@pytest.mark.parametrize(("mode", "tangents"), CASES)
-def test_prediction_is_within_a_fifth_of_what_lives(minilm, spec, mode, tangents):
+@pytest.mark.parametrize(("mode", "case"), CASES)
+def test_prediction_is_within_a_fifth_of_what_lives(minilm, spec, mode, case):
     _, bundle = minilm
-    parameters = {"tangents": tangents} if mode == "forward-ad" else {}
-    measured = measured_bytes(bundle, mode, 8, 64, **parameters)
+    case = {"batch": 8, "length": 64, "micro_batch": 0, "tangents": 1} | case
+    parameters = (
+        {"tangents": case["tangents"], "micro-batch-size": case["micro_batch"]}
+        if mode == "forward-ad"
+        else {}
+    )
+    measured = measured_bytes(bundle, mode, case["batch"], case["length"], **parameters)
     attention = kept_attention(bundle.model.get_base_model().config, bundle.device)
-    shape = StepShape(bundle.ranks, 32, 8, 64, tangents)
+    shape = StepShape(bundle.ranks, 32, **case)
     predicted = mode_memory(mode, spec, shape, MemoryModel(attention=attention)).total
     assert predicted == pytest.approx(measured, rel=0.2)
 
@@ -80,7 +91,9 @@ def test_the_ladder_costs_what_its_steps_promise(spec):
         shape = StepShape(**{"ranks": ranks, "bits": 32, "batch": 16, "length": 128} | changes)
         return mode_memory(mode, spec, shape, memory).total
 
-    assert total("zeroth-order") < total("forward-ad") < total("backprop")
+    assert total("zeroth-order", batch=8) < total("forward-ad", batch=8)  # as many tokens as share a pass
+    assert total("forward-ad") == total("forward-ad", batch=8) < total("backprop")
+    assert total("forward-ad", micro_batch=16) > total("zeroth-order")
     assert total("backprop-checkpointed") < total("backprop") / 2
     assert total("backprop-top-k") < total("backprop-top-k", blocks=3) < total("backprop")
     # Below the last adapted block nothing is kept: all blocks are plain back-propagation.
@@ -176,6 +189,43 @@ def test_spry_gives_each_node_the_first_mode_that_fits(minilm, spec, caplog):
     with pytest.raises(PlanError, match="node 5 did not describe its memory-bytes"):
         strategy.ladder.mode_of(node(5, None))
     assert strategy.ladder.parameters("forward-ad") == {"tangents": 2}
+
+
+@pytest.mark.parametrize("modes", [(), ("backprop-checkpointed", "zeroth-order")])
+def test_a_node_gets_the_mode_that_its_operator_has_chosen(minilm, modes):
+    config, bundle = minilm
+    strategy = Spry(modes=modes)
+    with EventBus([]) as events:
+        strategy.prepare(config, bundle, events)
+    described = {"memory-bytes": 10**12, "gradient-mode": "forward-ad"}
+    assert strategy.ladder.mode_of(NodeInfo(1, "1", (0, 1, ""), 10, described)) == "forward-ad"
+    unknown = {"memory-bytes": 10**12, "gradient-mode": "backprop-top-k"}
+    expected = modes[0] if modes else None
+    assert strategy.ladder.mode_of(NodeInfo(2, "2", (0, 2, ""), 10, unknown)) == expected
+
+
+def test_a_node_describes_the_mode_of_its_configuration():
+    assert gradient_mode({}, "a") == {}
+    assert gradient_mode({"gradient-mode": "zeroth-order"}, "a") == {"gradient-mode": "zeroth-order"}
+    with pytest.raises(
+        PlanError, match=r"node a: gradient-mode is 'backprop-top-k', expected one of backprop, "
+    ):
+        gradient_mode({"gradient-mode": "backprop-top-k"}, "a")
+
+
+def test_accumulation_and_micro_batches_count(minilm):
+    config, bundle = minilm
+
+    def needs(mode, **parameters):
+        strategy = Spry(modes=(mode,))
+        with EventBus([]) as events:
+            strategy.prepare(config.model_copy(update={"plugins": {mode: parameters}}), bundle, events)
+        return strategy.ladder._needs[mode]
+
+    plain, cut = needs("backprop"), needs("backprop", **{"gradient-accumulation": 4})
+    assert needs("backprop", **{"gradient-checkpointing": True}) == needs("backprop-checkpointed") < plain
+    assert needs("backprop-checkpointed", **{"micro-batch-size": 2}) < needs("backprop-checkpointed")
+    assert cut < plain
 
 
 def test_modes_are_checked_before_the_run():

@@ -61,6 +61,28 @@ def test_checkpointed_gradient_is_the_plain_one(task, options):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("device", "offload", "expected"), [("cuda", True, True), ("cpu", True, False), ("cuda", False, False)]
+)
+def test_block_inputs_go_to_the_host_where_they_are_not_there_anyway(
+    task, monkeypatch, device, offload, expected
+):
+    """Moving them is transformers' work; what it is asked for is ours."""
+    found = task()
+    base, asked = found.bundle.model.get_base_model(), []
+    enable = base.activation_checkpointing_enable
+
+    def record(**options):
+        asked.append(options["offload"])
+        enable(**options | {"offload": False})
+
+    monkeypatch.setattr(base, "activation_checkpointing_enable", record)
+    monkeypatch.setattr(found.bundle, "device", torch.device(device))
+    with found.bundle.gradient_checkpointing(offload=offload):
+        pass
+    assert asked == [expected]
+
+
 def saved_bytes(job, parameters, checkpointing=False):
     """Bytes that autograd saves in one forward pass, without weights and without what checkpoints hide."""
     weights = {p.untyped_storage().data_ptr() for p in job.bundle.model.parameters()}
@@ -128,6 +150,14 @@ def test_top_names_take_what_comes_after_the_blocks_and_not_what_comes_before():
     assert top_names(names, 1) == {"m.layer.10.a", "m.out.a"}
     assert top_names(names, 2) == {"m.layer.1.a", "m.layer.10.a", "m.out.a"}
     assert top_names(names, 3) == set(names)
+    assert top_names(names, 0) == set()
+
+
+def test_without_blocks_the_head_alone_is_trained(task):
+    found = task()
+    arrays = BackpropTopK(blocks=0).run(found).arrays
+    moved = {name for name in arrays if not torch.equal(arrays[name], found.start[name])}
+    assert moved == {name for name in arrays if found.bundle.is_head(name)}
 
 
 def test_top_k_says_when_it_owns_nothing_there(task):

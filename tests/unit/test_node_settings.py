@@ -75,6 +75,7 @@ def test_flower_is_told_what_the_client_reads(write, tmp_path):
         write(
             {
                 **NODE,
+                "gradient-mode": "forward-ad",
                 "memory-megabytes": 800,
                 "upload-rate": 1e6,
                 "download-rate": 2e6,
@@ -85,6 +86,7 @@ def test_flower_is_told_what_the_client_reads(write, tmp_path):
     assert told == {
         "partition-id": 1,
         "num-partitions": 4,
+        resources.GRADIENT_MODE: "forward-ad",
         resources._MEGABYTES: 800,
         resources.SPEED: 3e9,
         resources.UPLOAD: 1e6,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fedllm import registry
 from fedllm.accumulate import Reply
 from fedllm.checkpoint import CheckpointStore, ServerState
-from fedllm.errors import PlanError, ReplyError
+from fedllm.errors import ConfigError, PlanError, ReplyError
 from fedllm.records import check_reply, decode, encode, wire_bytes
 from fedllm.seeding import derive_seed
 from fedllm.tangents import from_scalars
@@ -358,9 +358,69 @@ def test_the_regenerated_gradient_is_the_clients_bit_for_bit():
         assert torch.equal(moved[name], expected), name
 
 
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_an_opened_reply_is_the_step_along_the_clients_gradient_bit_for_bit(distribution):
+    strategy = Spry(communication="per-iteration", server="sgd")
+    config = train_config("forward-ad", tangents=2, distribution=distribution)
+    message = messages_of(strategy, [1, 2], arrays=job().start, config=config)[0]
+    update, task = run_client(message, "1")
+    result = update.run(task)
+    reply = strategy.open_reply(reply_with(message, encode(result.arrays, "raw")))
+    gradient = regenerated(task, update, result.arrays["jvps"])
+    assert set(reply.arrays) == set(gradient)
+    for name, value in gradient.items():
+        assert torch.equal(reply.arrays[name], task.start[name].double() - value), name
+
+
+def test_heads_stay_without_tangents_of_their_own():
+    strategy = Spry(communication="per-iteration", server="sgd")
+    config = train_config("forward-ad", **{"head-tangents": 0})
+    message = messages_of(strategy, [1, 2], arrays=job().start, config=config)[0]
+    update, task = run_client(message, "1")
+    result = update.run(task)
+    assert result.arrays["jvps"].shape == (1,)
+    check_reply(reply := reply_with(message, encode(result.arrays, "raw")), strategy.reply_spec(message))
+    opened = strategy.open_reply(reply).arrays
+    assert opened
+    assert not any(task.bundle.is_head(name) for name in opened)
+
+
 def test_per_iteration_needs_forward_mode_clients():
-    with pytest.raises(PlanError, match="set client = \"forward-ad\", found 'backprop'"):
+    with pytest.raises(PlanError, match="goes with forward-ad, found 'backprop'"):
         messages_of(Spry(communication="per-iteration"), [1])
+
+
+SPRY = {"strategy": "spry", "client": "forward-ad"}
+REFUSED = [
+    ({"spry.communication": "per-iteration", "client": "backprop"}, 'set client = "forward-ad"'),
+    (
+        {"spry.communication": "per-iteration", "forward-ad.control-variate": True},
+        "control-variate is for spry.communication per-epoch",
+    ),
+    ({"forward-ad.control-variate": True}, "set spry.send-direction = true"),
+    ({"forward-ad.upload": "scalars"}, 'spry.communication = "per-iteration"'),
+    ({"forward-ad.upload": "scalars", "strategy": "fedavg"}, "the strategy expects tensors"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), REFUSED)
+def test_what_does_not_go_together_is_refused_before_the_run(keys, message):
+    config = registry.config_from_flat({**SPRY, **keys})
+    with pytest.raises(ConfigError, match=message):
+        registry.check(config)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"spry.communication": "per-iteration"},
+        {"forward-ad.control-variate": True, "spry.send-direction": True},
+        {"client": "backprop"},
+    ],
+)
+def test_what_goes_together_is_accepted(keys):
+    registry.check(registry.config_from_flat({**SPRY, **keys}))
 
 
 def test_scalars_of_the_wrong_number_are_refused():
