@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from fedllm.clients.forward_ad.check import check_derivative, check_loss_agrees, short_batch
@@ -185,7 +185,7 @@ class ForwardAD:
         perturbed = {name: p for name, p in job.bundle.trainable().items() if not job.bundle.is_head(name)}
         if model in _CHECKED or not perturbed:
             return
-        base = model.get_base_model()
+        base: Any = model.get_base_model()
         logger.info(
             "%s: forward-ad replaces its attention (%s) by one that has a forward-mode derivative",
             config.name,
