@@ -83,7 +83,7 @@ METHODS = {
         "Spry, ours",
         "spry",
         "forward-ad",
-        {"train.learning-rate": 1e-2, "train.head-learning-rate": 3.0},
+        {"train.learning-rate": 1.0, "train.head-learning-rate": 3.0},
     ),
     "spry_paper": Method(
         "Spry, paper's preset",
