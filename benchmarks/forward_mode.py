@@ -30,7 +30,7 @@ from harness import Finished, arguments, console, report
 
 from fedllm import client, registry
 from fedllm.config import RunConfig, Scalar
-from fedllm.data import label_names, test_examples
+from fedllm.data import label_names, load_client_rows, test_examples
 from fedllm.models import ModelBundle, load_bundle
 from fedllm.nodes import NodeInfo
 from fedllm.records import (
@@ -59,7 +59,6 @@ COMMON: dict[str, Scalar] = {
     "lora.target-modules": "query,value",
     "data.max-length": 64,
     "data.partitioner": "dirichlet",
-    "data.min-partition-size": 8,
     "train.batch-size": 8,
     "train.local-steps": 5,
     "server.fraction-train": 0.1,
@@ -252,6 +251,7 @@ def configuration(method: Method, data: Path, alpha: float, seed: int, test_rows
             "data.source": str(data / "train.csv"),
             "data.test-file": str(data / "test.csv"),
             "data.alpha": alpha,
+            "data.min-partition-size": 8 if alpha >= 1 else 1,  # with 0.1 no draw gives everyone a batch
             "data.test-rows": test_rows,
             **method.settings,
         }
@@ -287,12 +287,15 @@ def main() -> None:
         raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a client takes one thread for each processor
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    test_rows = 500 if args.quick else args.test_rows
+    for alpha, seed in planned(args.seed, args.quick):  # before hours are spent
+        load_client_rows(configuration(METHODS[names[0]], data, alpha, seed, test_rows), 0, CLIENTS)
     minutes = min(args.minutes, 0.5) if args.quick else args.minutes
     finished = Finished(args.partial)
     outcomes: dict[str, dict[tuple[float, int], Outcome]] = {name: {} for name in names}
     for alpha, seed in planned(args.seed, args.quick):
         for name in names:
-            config = configuration(METHODS[name], data, alpha, seed, 500 if args.quick else args.test_rows)
+            config = configuration(METHODS[name], data, alpha, seed, test_rows)
             settings = {**config.to_flat(), "minutes": minutes}
             found = finished.get(settings)
             curve = not args.quick and (alpha, seed) == (1.0, args.seed)  # the one whose course is reported
