@@ -43,7 +43,7 @@ def test_every_method_runs_on_the_clients_of_a_flower_app(benchmark, data, monke
     monkeypatch.setitem(benchmark.COMMON, "data.max-length", 12)
     monkeypatch.setitem(benchmark.COMMON, "train.local-steps", 1)
     monkeypatch.setitem(benchmark.COMMON, "data.partitioner", "iid")
-    monkeypatch.setitem(benchmark.COMMON, "server.fraction-train", 0.03)
+    monkeypatch.setattr(benchmark, "PER_ROUND", 3)
     monkeypatch.setattr(benchmark.client, "_use_own_cpus", lambda: None)
     up = {}
     for name, method in benchmark.METHODS.items():
