@@ -82,7 +82,7 @@ METHODS = {
         "Spry, ours",
         "spry",
         "forward-ad",
-        {"train.learning-rate": 1.0, "train.head-learning-rate": 3.0},
+        {"train.learning-rate": 0.3, "train.head-learning-rate": 3.0},
     ),
     "spry_paper": Method(
         "Spry, paper's preset",
