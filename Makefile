@@ -44,7 +44,7 @@ lint: install  ## ruff and mypy
 
 bench: install  ## every benchmark in its quick form; JSON goes to benchmarks/results/
 	@mkdir -p benchmarks/results
-	@for script in $(filter-out benchmarks/harness.py benchmarks/mnist.py benchmarks/poisoning_arena.py benchmarks/second_order_methods.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/harness.py benchmarks/mnist.py benchmarks/poisoning_arena.py benchmarks/second_order_methods.py benchmarks/code_identity.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; \
 	  $(BIN)/python $$script --quick --json benchmarks/results/$$(basename $$script .py).json || exit 1; \
 	done

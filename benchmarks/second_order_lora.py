@@ -26,7 +26,8 @@ import torch
 from fedllm.clients.backprop import Backprop
 from fedllm.clients.second_order import FullGradient, GradientAndHessianRow
 from fedllm.strategies.second_order.optimizer import flatten, moved, unflatten
-from fedllm.strategies.second_order.updates import Fagh, Sofim
+from fedllm.strategies.second_order.rank_k import Fagh
+from fedllm.strategies.second_order.updates import Sofim
 from harness import arguments, console, report
 from second_order_methods import Adaptive
 

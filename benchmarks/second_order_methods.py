@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from fedllm.strategies.second_order.updates import Fagh, FaghPaper, FedSgdMomentum, Sofim
+from fedllm.strategies.second_order.rank_k import Fagh
+from fedllm.strategies.second_order.updates import FaghPaper, FedSgdMomentum, Sofim
 from mnist import Client, FlatModel, local_sgd
 from torch import Tensor
 

@@ -6,10 +6,13 @@ that the loss is one function of the adapter, and the weights of the batches mak
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
+import torch
 from fedllm.clients.backprop import Backprop
 from fedllm.clients.local import owned_parameters, training
 from pydantic import Field
@@ -17,10 +20,12 @@ from torch import Tensor
 
 from fedllm.batches import length_sorted_batches
 from fedllm.curvature import NO_DOUBLE_BACKWARD, Curvature, HvpMethod, gradient_and_hvp
-from fedllm.errors import TrainError
-from fedllm.records import GRADIENT, HESSIAN_DIRECTION, HESSIAN_ROW, NUM_TARGETS, ReplyKind
+from fedllm.errors import NonFiniteLossError, TrainError
+from fedllm.records import ADAPTER, GRADIENT, HESSIAN_DIRECTION, HESSIAN_ROW, NUM_TARGETS, ReplyKind
 from fedllm.tasks import Batch
 from fedllm.update import TrainJob, TrainResult
+
+logger = logging.getLogger(__name__)
 
 
 class FullGradient:
@@ -32,12 +37,12 @@ class FullGradient:
     sends: ClassVar[ReplyKind] = GRADIENT
 
     def run(self, job: TrainJob) -> TrainResult:
-        """Compute the gradient at the adapter that was sent.
-
-        Raises:
-            TrainError: a loss that is not finite; the client is named.
-        """
-        return _result(job, _curvature(job, None, "double-backward", 0.0), evaluations=1)
+        """Compute the gradient at the adapter that was sent; if the loss is not finite there, only say so."""
+        try:
+            found = _curvature(job, None, "double-backward", 0.0)
+        except NonFiniteLossError as error:
+            return _not_finite(job, error, self.sends)
+        return _result(job, found, evaluations=1)
 
 
 class GradientAndHessianRow:
@@ -60,14 +65,17 @@ class GradientAndHessianRow:
         self.epsilon = epsilon
 
     def run(self, job: TrainJob) -> TrainResult:
-        """Compute gradient and product at the adapter that was sent.
+        """Compute gradient and product at the adapter that was sent; if the loss is not finite there, only say so.
 
         Raises:
-            TrainError: a loss that is not finite, a direction of another adapter, or a model whose backward pass
-                cannot be differentiated; the client and the model are named.
+            TrainError: a direction of another adapter, or a model whose backward pass cannot be differentiated; the
+                client and the model are named.
         """
         direction = job.inputs.get(HESSIAN_DIRECTION)
-        found = _curvature(job, direction, self.hessian, self.epsilon)
+        try:
+            found = _curvature(job, direction, self.hessian, self.epsilon)
+        except NonFiniteLossError as error:
+            return _not_finite(job, error, self.sends)
         extra = 1 if self.hessian == "double-backward" else 2
         return _result(job, found, evaluations=1 + (extra if direction is not None else 0))
 
@@ -96,12 +104,15 @@ class BackpropAndHessianRow(Backprop):
         self.epsilon = epsilon
 
     def run(self, job: TrainJob) -> TrainResult:
-        """Compute the product, then train for the configured steps.
+        """Compute the product, then train for the configured steps; if the first loss is not finite, only say so.
 
         Raises:
             TrainError: as of :meth:`GradientAndHessianRow.run` and :meth:`fedllm.clients.backprop.Backprop.run`.
         """
-        before = _curvature(job, job.inputs.get(HESSIAN_DIRECTION), self.hessian, self.epsilon)
+        try:
+            before = _curvature(job, job.inputs.get(HESSIAN_DIRECTION), self.hessian, self.epsilon)
+        except NonFiniteLossError as error:
+            return _not_finite(job, error, ADAPTER)
         result = super().run(job)
         extras = {} if before.product is None else {HESSIAN_ROW: before.product}
         return replace(
@@ -132,7 +143,7 @@ def _curvature(
                 if NO_DOUBLE_BACKWARD in str(error)
                 else ""
             )
-            raise TrainError(
+            raise type(error)(
                 f"client {job.node}, round {job.round}, model {job.bundle.config.name}: {error}{advice}"
             ) from error
 
@@ -144,6 +155,16 @@ def _batches(job: TrainJob) -> Iterator[tuple[Batch, float]]:
         batch = job.task.collate(job.examples, indices, bundle.tokenizer.pad_token_id)
         weight = job.task.num_targets(batch)
         yield {name: tensor.to(bundle.device) for name, tensor in batch.items()}, float(weight)
+
+
+def _not_finite(job: TrainJob, error: NonFiniteLossError, sends: ReplyKind) -> TrainResult:
+    """What tells the server that the adapter it sent is of no use, with arrays of the expected form."""
+    logger.warning("%s", error)
+    arrays = {
+        name: job.start[name] if sends == ADAPTER else torch.zeros_like(p, dtype=torch.float32)
+        for name, p in owned_parameters(job).items()
+    }
+    return TrainResult(arrays, num_examples=len(job.examples), loss=math.inf)
 
 
 def _result(job: TrainJob, found: Curvature, evaluations: int) -> TrainResult:

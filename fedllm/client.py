@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from fedllm.records import (
     CLIENT_PARAMETERS,
     CONFIG,
     FROZEN,
+    LOSS_NOT_FINITE,
     METRICS,
     MODEL_VERSION,
     NUM_EXAMPLES,
@@ -181,7 +183,7 @@ def train(message: Message, context: Context) -> Message:
             **result.metrics,
             **budget,
             NUM_EXAMPLES: result.num_examples,
-            "loss": result.loss,
+            **_loss(result.loss),
             "seconds": time.perf_counter() - started,
             "peak-bytes": peak.bytes,
         }
@@ -215,6 +217,11 @@ def evaluate(message: Message, context: Context) -> Message:
 
 ANSWERS: dict[str, Answer] = {"describe": describe, "train": train, "evaluate": evaluate}
 """By what a message asks for."""
+
+
+def _loss(value: float) -> dict[str, float]:
+    """The loss as metrics; one that is not finite would be taken for a damaged reply."""
+    return {"loss": value} if math.isfinite(value) else {LOSS_NOT_FINITE: 1}
 
 
 def _load(config: RunConfig, context: Context) -> tuple[ModelBundle, Encoded]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedllm.errors import TrainError
+from fedllm.errors import NonFiniteLossError, TrainError
 
 Batch = TypeVar("Batch")
 HvpMethod = Literal["double-backward", "central-difference"]
@@ -65,8 +65,9 @@ def gradient_and_hvp(
         epsilon: ε in units of 1/‖u‖, for the difference.
 
     Raises:
-        TrainError: a loss that is not finite, a direction that does not fit, or a model whose backward pass cannot be
-            differentiated (fused attention, reentrant checkpointing).
+        NonFiniteLossError: a loss or gradient that is not finite; the server may take back the step that led here.
+        TrainError: a direction that does not fit, or a model whose backward pass cannot be differentiated (fused
+            attention, reentrant checkpointing).
         ValueError: there is no batch.
     """
     if direction is not None:
@@ -79,7 +80,7 @@ def gradient_and_hvp(
         with math_attention() if exact else _nothing():
             value = loss(batch)
         if not bool(torch.isfinite(value)):
-            raise TrainError(f"the loss is {value.item()}; the gradient at this point is of no use")
+            raise NonFiniteLossError(f"the loss is {value.item()}; the gradient at this point is of no use")
         first = _gradients(value, parameters, create_graph=exact)
         if product is not None and direction is not None:
             if exact:
@@ -95,6 +96,11 @@ def gradient_and_hvp(
     for sums in (gradient, product or {}):
         for tensor in sums.values():
             tensor.div_(total)
+    for name, tensor in gradient.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteLossError(
+                f"the gradient of {name!r} is not finite; the loss is {total_loss / total:g}"
+            )
     return Curvature(total_loss / total, gradient, product, total)
 
 

@@ -45,5 +45,9 @@ class TrainError(FedLLMError):
     """Local training went wrong: a loss that is not finite, or settings that cannot work together."""
 
 
+class NonFiniteLossError(TrainError):
+    """The loss, or its gradient, is not finite at the model that a client was sent: that model is of no use."""
+
+
 class WorkerError(FedLLMError):
     """A node's resident worker cannot be reached, refused a message, or ended in the middle of one."""

@@ -26,6 +26,7 @@ planned             round, phase ("warm-up" or "plan"), weights (names of the ca
 round-timed         round, seconds (of the slowest node by the time model), nodes (seconds by name)
 verdict             round, defence, by node: kept, scores (larger: more trusted), factors (0: rejected); VERT adds
                     distances (above 1: outside of what is expected) by node and predictor
+step-taken-back     round, reason: the step before this round, with which the global model was left worse
 round-skipped       round, reason
 checkpointed        round, path, bytes, seconds
 checkpoint-failed   round, reason
@@ -204,6 +205,7 @@ class LogSink:
         "node-rejected": logging.WARNING,
         "node-dropped": logging.WARNING,
         "round-skipped": logging.WARNING,
+        "step-taken-back": logging.WARNING,
         "checkpoint-failed": logging.WARNING,
     }
 

@@ -71,6 +71,7 @@ _TEMPLATES = {
     "node-rejected": "client {node} rejected: {reason}",
     "node-dropped": "round {round}: client {node} dropped ({phase}): {reason}",
     "round-skipped": "round {round} skipped: {reason}",
+    "step-taken-back": "round {round}: {reason}",
     "checkpoint-failed": "round {round}: checkpoint failed: {reason}",
     "run-resumed": "resumed after round {round} from {path}",
     "run-failed": "run failed: {reason}",

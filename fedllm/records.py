@@ -70,6 +70,10 @@ CORRECTION, MEAN_GRADIENT = "correction", "mean-gradient"
 without it."""
 NUM_TARGETS = "num-targets"
 """Metric of a reply: how many predictions its loss and gradient are means over, for example label tokens."""
+LOSS_NOT_FINITE = "loss-not-finite"
+"""Metric of a reply, 1, in the place of its loss: at the model that the client was sent it is not finite. The arrays
+are gradients of zero, or the adapter as it was sent, and count for nothing; a strategy that cannot take back its last
+step refuses the reply."""
 ATTACK, ATTACK_PARAMETERS = "attack", "attack-parameters"
 """Keys of a training message's configuration that order a simulated client to attack; the parameters are JSON."""
 SIMULATED = "simulated"
@@ -374,5 +378,10 @@ def check_reply(message: Message, spec: ReplySpec | None, weight_key: str = NUM_
         values = value if isinstance(value, list) else [value]
         if not all(math.isfinite(entry) for entry in values):
             raise ReplyError(f"metric {key!r} is {value!r}, expected a finite number")
-    if spec is not None:
-        check_arrays(only_arrays(message), spec)
+    if spec is None:
+        return
+    if LOSS_NOT_FINITE in metrics:
+        raise ReplyError(
+            "the loss at the model that was sent is not finite; the steps that led there were too long"
+        )
+    check_arrays(only_arrays(message), spec)

@@ -52,7 +52,8 @@ class TrainResult:
     Attributes:
         arrays: tensors by PEFT state-dict name, normally the new adapter.
         num_examples: training examples that the client holds; the weight of its reply.
-        loss: mean training loss over the steps.
+        loss: mean training loss over the steps; infinite if that of the adapter which was sent is not finite;
+            the arrays then count for nothing.
         metrics: further numbers for the log.
         extras: further tensors by record name, for example ``{"hessian-row": {...}}``.
     """

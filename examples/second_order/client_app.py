@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import torch
 from digits import build, client_examples
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -9,7 +10,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedllm.curvature import gradient_and_hvp
-from fedllm.records import ARRAYS, HESSIAN_DIRECTION, HESSIAN_ROW, METRICS, NUM_EXAMPLES, decode
+from fedllm.errors import NonFiniteLossError
+from fedllm.records import (
+    ARRAYS,
+    HESSIAN_DIRECTION,
+    HESSIAN_ROW,
+    LOSS_NOT_FINITE,
+    METRICS,
+    NUM_EXAMPLES,
+    decode,
+)
 
 app = ClientApp()
 examples = cache(client_examples)  # read once in a process
@@ -33,12 +43,17 @@ def train(message: Message, context: Context) -> Message:
         return cross_entropy(model(batch[0]), batch[1])
 
     asked = message.content.get(HESSIAN_DIRECTION)
-    found = gradient_and_hvp(
-        loss,
-        dict(model.named_parameters()),
-        [((a, b), len(b)) for a, b in zip(x.split(256), y.split(256), strict=True)],
-        None if asked is None else decode(asked),
-    )
+    try:
+        found = gradient_and_hvp(
+            loss,
+            dict(model.named_parameters()),
+            [((a, b), len(b)) for a, b in zip(x.split(256), y.split(256), strict=True)],
+            None if asked is None else decode(asked),
+        )
+    except NonFiniteLossError:  # the server may take back the step that led here
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+        metrics = MetricRecord({NUM_EXAMPLES: len(y), LOSS_NOT_FINITE: 1})
+        return Message(RecordDict({ARRAYS: ArrayRecord(zeros), METRICS: metrics}), reply_to=message)
     content = RecordDict(
         {
             ARRAYS: ArrayRecord(found.gradient),

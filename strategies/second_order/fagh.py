@@ -7,140 +7,37 @@ row is wanted, the direction down, in ``direction_codec`` (a quarter of d for in
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-from fedllm.strategies.second_order.optimizer import flatten, mean_gradient, moved, unflatten
+from fedllm.strategies.second_order.fagh_optimizer import FaghOptimizer
+from fedllm.strategies.second_order.rank_k import Fagh
 from fedllm.strategies.second_order.strategies import Decay, GradientStrategy, Positive
-from fedllm.strategies.second_order.updates import Fagh, FaghPaper
+from fedllm.strategies.second_order.updates import FaghPaper
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from pydantic import Field
-from torch import Tensor
 
-from fedllm.accumulate import Accumulator, Reply, WeightedMean
+from fedllm.accumulate import Accumulator
+from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, ReplyError
+from fedllm.events import EventBus
 from fedllm.records import (
     ADAPTER,
     HESSIAN_DIRECTION,
     HESSIAN_ROW,
+    LOSS_NOT_FINITE,
     Codec,
     ReplyKind,
     check_arrays,
-    decode,
-    encode,
+    check_reply,
     only_arrays,
+    only_metrics,
     records_of,
     spec_of,
 )
 
 logger = logging.getLogger(__name__)
-
-
-class GradientAndRowMean:
-    """Means of gradients and of Hessian products; a reply without a product counts for the gradient only.
-
-    Attributes:
-        losses: weight and loss of each client by name.
-        without: names of the clients that sent no product although one was asked for.
-    """
-
-    def __init__(self, asked: bool) -> None:
-        self._asked = asked
-        self._gradient, self._row = WeightedMean(), WeightedMean()
-        self._rows = 0
-        self.losses: dict[str, tuple[float, float]] = {}
-        self.without: list[str] = []
-
-    def add(self, reply: Reply) -> None:
-        """Fold one reply in; its product must have passed :meth:`FAGH.check_train_reply`."""
-        self._gradient.add(reply)
-        if "loss" in reply.metrics:
-            self.losses[reply.node] = (reply.weight, reply.metrics["loss"])
-        if not self._asked:
-            return
-        row = reply.content.get(HESSIAN_ROW)
-        if isinstance(row, ArrayRecord):
-            self._row.add(Reply(reply.node, reply.weight, decode(row), {}, reply.content))
-            self._rows += 1
-        else:
-            self.without.append(reply.node)
-
-    def result(self) -> dict[str, Tensor]:
-        """The mean gradient."""
-        return self._gradient.result()
-
-    def row(self) -> dict[str, Tensor] | None:
-        """The mean product; None if no reply had one."""
-        return self._row.result() if self._rows else None
-
-
-class FaghOptimizer:
-    """A :class:`fedllm.strategy.ServerOptimizer` that also says what the clients are asked and how they are folded.
-
-    Args:
-        update: takes the step.
-        codec: how the direction travels.
-        pseudo: 0: the replies are gradients; else they are adapters, see :func:`.optimizer.mean_gradient`.
-    """
-
-    def __init__(self, update: Fagh | FaghPaper, codec: Codec, pseudo: float = 0.0) -> None:
-        self.update = update
-        self._codec = codec
-        self._pseudo = pseudo
-        self._direction: Tensor | int | None = None
-        self._folding = GradientAndRowMean(False)
-
-    def __repr__(self) -> str:
-        """The update that takes the steps."""
-        return type(self.update).__name__
-
-    def ask(self, current: Mapping[str, Tensor]) -> ArrayRecord | None:
-        """The direction for this round's Hessian product; None: only gradients are wanted."""
-        wanted = self.update.request()
-        self._direction = wanted
-        if wanted is None:
-            return None
-        if isinstance(wanted, int):
-            name, first = next(iter(current.items()))
-            unit = torch.zeros(first.shape)
-            unit.view(-1)[wanted] = 1.0
-            return encode({name: unit})
-        sent = encode(unflatten(wanted, current), self._codec)
-        # The clients use what arrives: so must the server.
-        self._direction = flatten(decode(sent), current)
-        return sent
-
-    def accumulator(self) -> GradientAndRowMean:
-        """A fresh accumulator for a round."""
-        self._folding = GradientAndRowMean(self._direction is not None)
-        return self._folding
-
-    def step(
-        self, server_round: int, current: Mapping[str, Tensor], folded: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The next global model."""
-        without = self._folding.without
-        if without:
-            logger.warning(
-                "round %d: no Hessian product from %s; their gradients are used all the same",
-                server_round,
-                ", ".join(sorted(without)),
-            )
-        row = self._folding.row()
-        flat_row = None if row is None else flatten(row, current)
-        gradient = mean_gradient(current, folded, self._pseudo)
-        step = self.update.step(gradient, flat_row, self._direction, self._folding.losses or None)
-        return moved(current, step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The update's state; what is asked of the clients follows from it."""
-        return self.update.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        self.update.load_state_dict(state)
 
 
 class FAGH(GradientStrategy):
@@ -149,7 +46,7 @@ class FAGH(GradientStrategy):
     A keyword that is left out has the preset's value. See docs/second_order.md for what η and ρ mean.
 
     Args:
-        preset: ``ours`` keeps ``memory`` products with directions that the server chooses (:class:`.updates.Fagh`);
+        preset: ``ours`` keeps ``memory`` products with directions that the server chooses (:class:`.rank_k.Fagh`);
             ``paper`` is the published rank-one form with the Hessian's first row (:class:`.updates.FaghPaper`).
         eta: η.
         rho: ρ; with adaptive damping, where it begins.
@@ -197,7 +94,13 @@ class FAGH(GradientStrategy):
         keywords: dict[str, Any] = {k: v for k, v in (common | own).items() if v is not None}
         update = Fagh(**keywords) if preset == "ours" else FaghPaper(**keywords)
         self._optimizer = FaghOptimizer(update, direction_codec, self._pseudo)
+        self._events: EventBus | None = None
         super().__init__(**{"server_optimizer": self._optimizer} | kwargs)
+
+    def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
+        """Take the run's events."""
+        super().prepare(config, bundle, events)
+        self._events = events
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -211,7 +114,14 @@ class FAGH(GradientStrategy):
         return messages
 
     def check_train_reply(self, reply: Message, sent: Message) -> None:
-        """See the base class; a Hessian product must have the model's keys and shapes and be finite."""
+        """See the base class; a Hessian product must have the model's keys and shapes and be finite.
+
+        A client without a finite loss is heard if there is a step to take back.
+        """
+        if LOSS_NOT_FINITE in only_metrics(reply) and self._optimizer.can_take_back:
+            check_reply(reply, None, self.weighted_by_key)
+            check_arrays(only_arrays(reply), self.reply_spec(sent))
+            return
         super().check_train_reply(reply, sent)
         row = records_of(reply, ArrayRecord).get(HESSIAN_ROW)
         if row is None:
@@ -228,8 +138,19 @@ class FAGH(GradientStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies and take the step; the metrics tell ρ and the curvature's extreme eigenvalues."""
+        """Fold the replies and take the step, or take back the last one.
+
+        The metrics tell ρ and the curvature's extreme eigenvalues.
+
+        Raises:
+            RoundError: see :meth:`FaghOptimizer.step`.
+        """
         arrays, metrics = super().aggregate_train(server_round, replies)
+        self._optimizer.warn(server_round)
+        if (told := self._optimizer.taken_back) and self._events is not None:
+            self._events.emit("step-taken-back", round=server_round, reason=told)
+        elif told:
+            logger.warning("round %d: %s", server_round, told)
         if metrics is not None:
             for name, value in self._optimizer.update.diagnostics.items():
                 metrics[f"server-{name}"] = value

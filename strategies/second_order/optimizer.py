@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from fedllm.strategies.second_order.damping import Losses
 from torch import Tensor
 
 
 class GradientUpdate(Protocol):
     """A server step from a mean gradient, see :mod:`.updates`."""
 
-    def step(self, gradient: Tensor) -> Tensor:
-        """The change of the parameters ``[d]``."""
+    def step(self, gradient: Tensor, losses: Losses | None = None) -> Tensor:
+        """The change of the parameters ``[d]``, a new vector; the losses are those of the clients, where known."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -36,6 +37,11 @@ class GradientOptimizer:
     def __init__(self, update: GradientUpdate, pseudo: float = 0.0) -> None:
         self._update = update
         self._pseudo = pseudo
+        self._losses: Losses = {}
+
+    def watch(self, losses: Losses) -> None:
+        """Let the next step know the losses of the replies that it is made of, which may still be coming in."""
+        self._losses = losses
 
     def __repr__(self) -> str:
         """The update that takes the steps."""
@@ -45,7 +51,8 @@ class GradientOptimizer:
         self, server_round: int, current: Mapping[str, Tensor], folded: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The next global model, float32 or as it was."""
-        return moved(current, self._update.step(mean_gradient(current, folded, self._pseudo)))
+        gradient = mean_gradient(current, folded, self._pseudo)
+        return moved_in_place(current, self._update.step(gradient, self._losses))
 
     def state_dict(self) -> dict[str, Any]:
         """The update's state."""
@@ -59,8 +66,11 @@ class GradientOptimizer:
 def flatten(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
     """One vector of the tensors in the order of ``like``; float32, or float64 where that has nothing narrower."""
     wide = all(tensor.dtype == torch.float64 for tensor in like.values())
-    dtype = torch.float64 if wide else torch.float32
-    return torch.cat([tensors[name].reshape(-1).to(dtype) for name in like])
+    sizes = [tensor.numel() for tensor in like.values()]
+    vector = torch.empty(sum(sizes), dtype=torch.float64 if wide else torch.float32)
+    for name, part in zip(like, vector.split(sizes), strict=True):
+        part.copy_(tensors[name].reshape(-1))
+    return vector
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,6 +82,14 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def moved(current: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
     """The parameters after a step, a flat vector."""
     return {name: current[name] + part for name, part in unflatten(step, current).items()}
+
+
+def moved_in_place(current: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
+    """The same in the memory of the step, where that is of the parameters' dtype."""
+    return {
+        name: part.add_(current[name]) if part.dtype == current[name].dtype else current[name] + part
+        for name, part in unflatten(step, current).items()
+    }
 
 
 def mean_gradient(current: Mapping[str, Tensor], folded: Mapping[str, Tensor], pseudo: float) -> Tensor:

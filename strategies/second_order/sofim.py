@@ -29,9 +29,10 @@ def momentum_direction(momentum: Tensor, rho: float, *, out: Tensor | None = Non
     if not rho > 0:
         raise ValueError(f"rho is {rho:g}, expected a positive number")
     length = norm(momentum)
-    # M / (ρ + ‖M‖²) with the square kept in range: divide by ‖M‖ + ρ/‖M‖, then by ‖M‖.
-    divisor = length + rho / length if length > 0 else float("inf")
-    return torch.div(momentum.div(length) if length > 0 else momentum, divisor, out=out)
+    if length == 0:
+        return torch.div(momentum, float("inf"), out=out)
+    # M / (ρ + ‖M‖²) with the square kept in range: divide by ‖M‖, then by ‖M‖ + ρ/‖M‖.
+    return torch.div(momentum, length, out=out).div_(length + rho / length)
 
 
 def gradient_direction(

@@ -24,6 +24,24 @@ Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+class GradientMean(WeightedMean):
+    """The weighted mean of gradients.
+
+    Attributes:
+        losses: weight and loss of each client by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: dict[str, tuple[float, float]] = {}
+
+    def add(self, reply: Reply) -> None:
+        """Add a reply."""
+        super().add(reply)
+        if "loss" in reply.metrics:
+            self.losses[reply.node] = (reply.weight, reply.metrics["loss"])
+
+
 class GradientStrategy(BaseStrategy):
     """A strategy whose clients send the gradient of their mean loss, weighted by the number of their targets.
 
@@ -62,8 +80,11 @@ class GradientStrategy(BaseStrategy):
         return Reply(reply.node, weight, reply.arrays, reply.metrics, reply.content, reply.sent)
 
     def accumulator(self) -> Accumulator:
-        """The weighted mean of gradients."""
-        return WeightedMean()
+        """The weighted mean of gradients, and the losses for an optimiser that watches them."""
+        folding = GradientMean()
+        if isinstance(self.server_optimizer, GradientOptimizer):
+            self.server_optimizer.watch(folding.losses)
+        return folding
 
 
 class FedSGDM(GradientStrategy):

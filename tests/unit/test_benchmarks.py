@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SHARED = {"harness.py", "mnist.py", "poisoning_arena.py", "second_order_methods.py"}
+SHARED = {"harness.py", "mnist.py", "poisoning_arena.py", "second_order_methods.py", "code_identity.py"}
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name not in SHARED)
 
 

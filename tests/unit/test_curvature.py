@@ -1,5 +1,6 @@
 """Gradients and Hessian rows against autograd's full Hessian, and what the clients make of them."""
 
+import logging
 import time
 
 import pytest
@@ -330,6 +331,24 @@ def test_error_of_a_client_names_model_and_way_out(monkeypatch):
     monkeypatch.setattr(type(task.task), "loss", lambda self, m, b: FusedSquare.apply(plain(m, b)).log())
     with pytest.raises(TrainError, match=r"node-1.*tiny-random:bert.*central-difference"):
         GradientAndHessianRow().run(task)
+
+
+@pytest.mark.parametrize("update", [FullGradient(), GradientAndHessianRow(), BackpropAndHessianRow()])
+def test_clients_tell_that_their_loss_is_not_finite(update, monkeypatch, caplog):
+    task = job()
+    plain = type(task.task).loss
+    monkeypatch.setattr(type(task.task), "loss", lambda self, m, b: plain(self, m, b) * float("inf"))
+    with caplog.at_level(logging.WARNING):
+        result = update.run(task)
+    assert result.loss == float("inf")
+    expected = (
+        task.start
+        if isinstance(update, BackpropAndHessianRow)
+        else {name: torch.zeros_like(p) for name, p in task.bundle.trainable().items()}
+    )
+    assert result.arrays.keys() == expected.keys()
+    assert all(torch.equal(result.arrays[name], expected[name]) for name in expected)
+    assert "node-1" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from fedllm.strategies.second_order.damping import AdaptiveDamping, paired_means
 from fedllm.strategies.second_order.limited_memory import CurvatureMemory
 from fedllm.strategies.second_order.metric import SecondMoment
 from fedllm.strategies.second_order.moments import Moment
+from fedllm.strategies.second_order.rank_k import Fagh
 from fedllm.strategies.second_order.rank_one import rank_one_direction
 from fedllm.strategies.second_order.sofim import gradient_direction, momentum_direction
-from fedllm.strategies.second_order.updates import Fagh, FaghPaper, FedSgdMomentum, Sofim
+from fedllm.strategies.second_order.updates import FaghPaper, FedSgdMomentum, Sofim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -490,6 +491,30 @@ def test_a_rate_beyond_the_curvature_is_warned_of_with_numbers(caplog):
     assert len(warnings) == 1
     assert "= 5 is unstable" in warnings[0]
     assert "must stay below 0.02" in warnings[0]  # 2/κ without momentum
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: Sofim(eta=5e9, rho=1e9, beta1=0.0), "eta/(rho + |M|^2) must stay below 0.02"),
+        (lambda: Sofim(eta=5e9, rho=1e9, beta1=0.0, direction="gradient"), "eta/rho must stay below 0.02"),
+        (lambda: FedSgdMomentum(eta=5.0, beta1=0.0), "eta must stay below 0.02"),
+    ],
+)
+def test_gradient_methods_warn_of_a_rate_beyond_the_curvature_too_and_once_after_a_resume(
+    build, expected, caplog
+):
+    """2/κ without momentum; what is compared, and that there has been a warning, is part of the state."""
+    h, update, w = torch.diag(torch.full((D,), 100.0, dtype=torch.float64)), build(), vector(31)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            w = w + update.step(h @ w, float(w @ h @ w / 2))
+            resumed = build()
+            resumed.load_state_dict(update.state_dict())
+            update = resumed
+    (warning,) = [r.getMessage() for r in caplog.records]
+    assert "= 5 is unstable" in warning
+    assert expected in warning
 
 
 def test_a_stable_rate_is_not_warned_of(caplog):

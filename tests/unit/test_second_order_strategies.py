@@ -8,8 +8,9 @@ from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.scaffold import Scaffold
 from fedllm.strategies.second_order.fagh import FAGH, FAGHOpt
 from fedllm.strategies.second_order.optimizer import flatten, unflatten
+from fedllm.strategies.second_order.rank_k import Fagh
 from fedllm.strategies.second_order.strategies import SOFIM, FedSGDM, SOFIMOpt, sofim_optimizer
-from fedllm.strategies.second_order.updates import Fagh, FaghPaper, FedSgdMomentum
+from fedllm.strategies.second_order.updates import FaghPaper, FedSgdMomentum
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm.accumulate import Reply
