@@ -234,7 +234,8 @@ def main() -> None:
                 found, lines = summarise(name, side(Path(folder), count, rounds, args.seed))
             figures |= found
             rows += lines
-    report(args, figures, rows, f"{rounds} rounds: {args.clients} simulated nodes, {args.nodes} real ones")
+    ran = [f"{count} {name} nodes" for name, (_, count) in sides.items() if args.side in (name, "both")]
+    report(args, figures, rows, f"{rounds} rounds: {', '.join(ran)}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def flatten(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor
     wide = all(tensor.dtype == torch.float64 for tensor in like.values())
     sizes = [tensor.numel() for tensor in like.values()]
     vector = torch.empty(sum(sizes), dtype=torch.float64 if wide else torch.float32)
-    for name, part in zip(like, vector.split(sizes), strict=True):
+    for name, part in zip(like, torch.split(vector, sizes), strict=True):
         part.copy_(tensors[name].reshape(-1))
     return vector
 
