@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedllm.config import RunConfig
-from fedllm.errors import PlanError
+from fedllm.errors import ConfigError, PlanError
 from fedllm.events import EventBus
 from fedllm.records import decode, only_arrays
 from fedllm.spool import ReplySpool
@@ -84,6 +84,14 @@ class ReplyFilter(StrategyWrapper):
         self._sent: dict[int, ArrayRecord] = {}
         self._decoded: tuple[ArrayRecord | None, Tensors] = (None, {})
 
+    @classmethod
+    def check_cohort(cls, parameters: Mapping[str, Any], clients: int) -> None:
+        """Refuse parameters that do not fit the number of clients in a round; most fit any.
+
+        Raises:
+            ConfigError: they do not.
+        """
+
     @abstractmethod
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
         """Decide on a round's replies and learn from them; there is at least one."""
@@ -132,6 +140,15 @@ class ReplyFilter(StrategyWrapper):
             norms.append(sketch.norm)
         empty = torch.zeros(0, self.sketcher.size)
         return Cohort(clients, torch.stack(sketches) if sketches else empty, torch.tensor(norms))
+
+    def tell_of_few(self, server_round: int, cohort: Cohort, key: str, keep: float) -> None:
+        """Warn of a round with fewer replies than shall be kept: there the number rejects nobody."""
+        if keep > (count := len(cohort.clients)) and self._events is not None:
+            self._events.emit(
+                "warning",
+                message=f"round {server_round}: {key} is {keep:g}, but only {count} replies came, of which it rejects "
+                f"none; set {key} below the number of clients in a round",
+            )
 
     def represent(self, start: Tensors, new: Tensors) -> Sketch:
         """What is kept of an update while the round is open; ``start`` is empty if ``new`` already is an update."""
@@ -218,3 +235,16 @@ class WholeUpdates(ReplyFilter):
         """The whole update, flat: factors of adapters are plain arrays here."""
         flat = flat_update(start, new)
         return Sketch(flat, float(flat.norm()))
+
+
+def check_keep(key: str, keep: float, clients: int) -> None:
+    """Refuse to keep more replies than a round can have.
+
+    Raises:
+        ConfigError: ``keep`` is above ``clients``, the number of clients that train in a round.
+    """
+    if keep > clients:
+        raise ConfigError(
+            f"{key} is {keep:g}, but a round has {clients} clients (simulation.clients times server.fraction-train): "
+            "nobody would be rejected; lower it to the number of clients that are surely honest"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fedllm.strategies.filtering import Cohort, Verdict
+from fedllm.strategies.filtering import Cohort, Verdict, check_keep
 from fedllm.strategies.trusted import RootedFilter, RootUpdate
 from fedllm.strategies.vert.detector import Detector
 from flwr.serverapp.strategy import Strategy
@@ -26,7 +26,8 @@ class VERT(RootedFilter):
 
     Args:
         inner: any Flower strategy.
-        keep: replies to keep: ``auto``, a number (``"4"``), or a share with a dot (``"0.2"``).
+        keep: replies to keep: ``auto``, a number (``"4"``), or a share with a dot (``"0.2"``). A number above the
+            replies of a round rejects nobody there, apart from those that do not move; the round is warned of.
         warm_up: first rounds, which are trusted.
         root_examples: so many of the server's test rows are trusted: the server trains on them in every round with the
             clients' update rule. 0: none. They are evaluated on as well.
@@ -77,8 +78,18 @@ class VERT(RootedFilter):
                 "the start, their updates alone cannot tell who is right; vert.root-examples gives it data to trust",
             )
 
+    @classmethod
+    def check_cohort(cls, parameters: Mapping[str, Any], clients: int) -> None:
+        """Refuse a ``keep`` above the number of clients in a round, where that is known before the run.
+
+        Raises:
+            ConfigError: ``keep`` is larger.
+        """
+        check_keep("vert.keep", parse_keep(str(parameters.get("keep", "auto"))), clients)
+
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
         """See :class:`fedllm.strategies.vert.detector.Detector`."""
+        self.tell_of_few(server_round, cohort, "vert.keep", self.detector.keep)
         found = self.detector.judge(
             server_round, cohort.clients, cohort.sketches, cohort.norms, self.root_sketch
         )

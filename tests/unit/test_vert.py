@@ -148,7 +148,8 @@ def test_history_is_bounded():
     assert bounded.nbytes <= 4 * Q * 3 * (N + 1)
 
 
-def test_keeping_more_than_there_are_keeps_all_that_moved():
+def test_a_number_above_the_replies_rejects_only_what_does_not_move():
+    """A round may have fewer replies than asked for; the wrapper warns of it, see below."""
     detector = after(2, Detector(Q, keep=50.0))
     updates = honest(3)
     updates[0] = 0
@@ -380,6 +381,16 @@ def test_without_trusted_data_the_run_says_what_it_relies_on():
 def test_bad_keep_is_refused(keep):
     with pytest.raises(ConfigError, match=r"vert\.keep: expected auto"):
         VERT(FedAvg(), keep=keep)
+
+
+@pytest.mark.parametrize(("keep", "warned"), [("50", [1, 2, 3]), ("9", [1, 2, 3]), ("8", []), ("0.9", [])])
+def test_every_round_with_fewer_replies_than_keep_is_warned_of(keep, warned):
+    _, told = loop(VERT(FedAvg(fraction_evaluate=0), keep=keep), rounds=3)
+    found = [event["message"] for event in told.of("warning") if "vert.keep" in event["message"]]
+    assert [
+        f"round {r}: vert.keep is {keep}, but only 8 replies came" in m
+        for r, m in zip(warned, found, strict=True)
+    ] == [True] * len(warned)
 
 
 def test_the_loop_looks_through_wrappers():
