@@ -72,6 +72,9 @@ class ReplyFilter(StrategyWrapper):
         sketch_size: numbers that are kept of an update while a round is open.
         seed: of the sketches.
         spool_bytes: bytes of waiting replies that are held in memory; more go to temporary files.
+
+    Attributes:
+        tells: whether verdicts become events; not where another filter around this one tells them.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class ReplyFilter(StrategyWrapper):
     ) -> None:
         super().__init__(inner)
         self.sketcher = Sketcher(sketch_size, seed)
+        self.tells = True
         self._spool_bytes = spool_bytes
         self._events: EventBus | None = None
         self._sent: dict[int, ArrayRecord] = {}
@@ -120,7 +124,8 @@ class ReplyFilter(StrategyWrapper):
             if not cohort.clients:
                 return self.inner.aggregate_train(server_round, iter(()))
             verdict = self.judge(server_round, cohort)
-            self._tell(server_round, cohort, verdict)
+            if self.tells:
+                self._tell(server_round, cohort, verdict)
             if not bool((verdict.factors != 0).any()):
                 rejected = f"{type(self).__name__} rejected all {len(cohort.clients)} replies"
                 self.skip_reason = f"{rejected}; the model stays as it was"

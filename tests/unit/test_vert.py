@@ -215,12 +215,12 @@ def test_the_ladder_climbs_only_for_a_better_prediction():
 # ---------------------------------------------------------------------- wrapper
 
 
-def client(hostile=(), onset=3):
+def client(hostile=(), onset=3, strength=1.0):
     """Agrees on a direction with some noise; hostile nodes turn around from a round on."""
 
     def answer(message, node):
         server_round = int(message.content["config"]["server-round"])
-        sign = -1.0 if node in hostile and server_round >= onset else 1.0
+        sign = -strength if node in hostile and server_round >= onset else 1.0
         arrays = {}
         for name, value in decode(message.content["arrays"]).items():
             step = normal(name, shape=value.shape) + 0.5 * normal(name, node, server_round, shape=value.shape)
@@ -246,12 +246,12 @@ class Told:
         return [event for event in self.events if event["event"] == kind]
 
 
-def loop(strategy, hostile=(), rounds=5, nodes=8, told=None, **kwargs):
+def loop(strategy, hostile=(), rounds=5, nodes=8, told=None, answer=None, **kwargs):
     told = told or Told()
     bus = EventBus([told])
     strategy.prepare(registry.config_from_flat({}), None, bus)
     names = {node: f"n{node}" for node in range(1, nodes + 1)}
-    grid = FakeGrid(names, client(hostile), names=names)
+    grid = FakeGrid(names, answer or client(hostile), names=names)
     options = LoopOptions(min_nodes=nodes, node_timeout=5)
     result = run_rounds(strategy, grid, initial_arrays(), rounds, options=options, events=bus, **kwargs)
     return result, told
@@ -391,6 +391,25 @@ def test_every_round_with_fewer_replies_than_keep_is_warned_of(keep, warned):
         f"round {r}: vert.keep is {keep}, but only 8 replies came" in m
         for r, m in zip(warned, found, strict=True)
     ] == [True] * len(warned)
+
+
+@pytest.mark.parametrize("rule", ["geometric-median", "trimmed-mean", "median", "nnm"])
+def test_a_robust_rule_among_the_kept(rule):
+    """Told to keep everybody, VERT lets one hostile reply through; the rule bounds it, and the verdict is VERT's."""
+
+    def ended(rule, hostile):
+        guarded = VERT(FedAvg(fraction_evaluate=0), keep="8", clip=1e6, rule=rule)
+        result, told = loop(guarded, rounds=3, answer=client(hostile, strength=10.0))
+        return decode(result.arrays), told
+
+    def distance(one, other):
+        return sum(float((a - b).square().sum()) for a, b in zip(one.values(), other.values(), strict=True))
+
+    honest, _ = ended("mean", set())
+    plain, _ = ended("mean", {8})
+    robust, told = ended(rule, {8})
+    assert distance(robust, honest) < 0.2 * distance(plain, honest)
+    assert [event["defence"] for event in told.of("verdict")] == ["VERT"] * 3
 
 
 def test_the_loop_looks_through_wrappers():
