@@ -42,9 +42,11 @@ lint: install  ## ruff and mypy
 	@rm -rf build/types && mkdir -p build/types && cp -r fedllm build/types/ && cp -r strategies clients build/types/fedllm/
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fedllm
 
+BENCH_MODULES := code_identity federation harness mnist poisoning_arena poisoning_cells poisoning_cost poisoning_defences poisoning_figures second_order_methods
+
 bench: install  ## every benchmark in its quick form; JSON goes to benchmarks/results/
 	@mkdir -p benchmarks/results
-	@for script in $(filter-out benchmarks/harness.py benchmarks/mnist.py benchmarks/poisoning_arena.py benchmarks/second_order_methods.py benchmarks/code_identity.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out $(BENCH_MODULES:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; \
 	  $(BIN)/python $$script --quick --json benchmarks/results/$$(basename $$script .py).json || exit 1; \
 	done

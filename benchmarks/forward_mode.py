@@ -12,41 +12,21 @@ what Spry has beyond it comes from forward mode, since both differentiate heads 
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import (
-    TaskIdentity,
-)  # flwr's processes set it; messages cannot be made without
+from federation import Federation, pretend_to_be_flower
 from harness import Finished, arguments, console, report
 
-from fedllm import client, registry
+from fedllm import registry
 from fedllm.config import RunConfig, Scalar
-from fedllm.data import label_names, load_client_rows, test_examples
-from fedllm.models import ModelBundle, load_bundle
-from fedllm.nodes import NodeInfo
-from fedllm.records import (
-    ARRAYS,
-    CLIENT,
-    CLIENT_PARAMETERS,
-    METRICS,
-    SEED,
-    UPLOAD_CODEC,
-    check_reply,
-    decode,
-    encode,
-    wire_bytes,
-)
-from fedllm.strategy import BaseStrategy
-from fedllm.tasks import get_task
+from fedllm.data import load_client_rows
+from fedllm.records import encode
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS, FEW_CLIENTS, PER_ROUND = 100, 40, 10
@@ -148,76 +128,6 @@ class Outcome:
     curve: list[tuple[float, float]]
 
 
-class Federation:
-    """A run's strategy, clients and test rows in this process."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.clients = clients_of(config.data.alpha)
-        self.bundle: ModelBundle = load_bundle(config, label_names(config))
-        self.test = test_examples(config, self.bundle.tokenizer)
-        self.flat = config.to_flat()
-        strategy = registry.build(
-            "strategies",
-            config.strategy,
-            config.plugins.get(config.strategy, {}),
-            fraction_train=config.server.fraction_train,
-            seed=config.seed,
-        )
-        assert isinstance(strategy, BaseStrategy)
-        strategy.nodes = [
-            NodeInfo(number + 1, str(number), (0, number, "")) for number in range(self.clients)
-        ]
-        self.strategy = strategy
-        self.bytes_up = 0
-        self.steps = 0
-
-    def round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
-        """One round; returns the new adapter."""
-        new, _ = self.strategy.aggregate_train(
-            server_round, map(self._train, self._messages(server_round, arrays))
-        )
-        assert new is not None
-        return new
-
-    def first_client(self, arrays: ArrayRecord) -> None:
-        """What the first client of the first round does."""
-        self._train(next(iter(self._messages(1, arrays))))
-
-    def _messages(self, server_round: int, arrays: ArrayRecord) -> Iterable[Message]:
-        request = ConfigRecord(
-            {
-                CLIENT: self.config.client,
-                CLIENT_PARAMETERS: json.dumps(self.config.plugins.get(self.config.client, {})),
-                SEED: self.config.seed,
-                UPLOAD_CODEC: "fp32",
-            }
-        )
-        return self.strategy.configure_train(server_round, arrays, request, cast(Grid, None))
-
-    def _train(self, message: Message) -> Message:
-        partition = message.metadata.dst_node_id - 1
-        context = Context(
-            run_id=1,
-            node_id=partition + 1,
-            node_config={"partition-id": partition, "num-partitions": self.clients},
-            state=RecordDict(),
-            run_config=cast(Any, self.flat),
-        )
-        reply = client.train(message, context)
-        check_reply(reply, self.strategy.reply_spec(message))
-        self.bytes_up += wire_bytes(cast(ArrayRecord, reply.content[ARRAYS]))
-        self.steps += int(cast(Any, reply.content[METRICS])["steps"])
-        return reply
-
-    def accuracy(self, arrays: ArrayRecord) -> float:
-        """On the test rows."""
-        assert self.test is not None
-        self.bundle.load_adapter_state(decode(arrays))
-        pad = self.bundle.tokenizer.pad_token_id
-        return get_task(self.config.task).evaluate(self.bundle.model, self.test, 64, pad, "cpu")["accuracy"]
-
-
 def run(config: RunConfig, seconds: float, looks: int = 4) -> Outcome:
     """Rounds until the budget is spent; the one that crosses it still counts, for every method alike.
 
@@ -226,10 +136,10 @@ def run(config: RunConfig, seconds: float, looks: int = 4) -> Outcome:
         seconds: the budget, of processor time.
         looks: evaluations, evenly over the budget.
     """
-    federation = Federation(config)
+    federation = Federation(config, clients_of(config.data.alpha))
     arrays = encode(federation.bundle.initial_state)
     federation.first_client(arrays)  # warms up caches and checks the model, and is then forgotten
-    federation = Federation(config)
+    federation = Federation(config, clients_of(config.data.alpha))
     used, rounds, due = 0.0, 0, seconds / looks
     curve = []
     while used < seconds:
@@ -295,7 +205,7 @@ def main() -> None:
     if unknown := set(names) - set(METHODS):
         raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a client takes one thread for each processor
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    pretend_to_be_flower()
     test_rows = 500 if args.quick else args.test_rows
     for alpha, seed in planned(args.seed, args.quick):  # before hours are spent
         load_client_rows(configuration(METHODS[names[0]], data, alpha, seed, test_rows), 0, clients_of(alpha))

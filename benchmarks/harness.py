@@ -22,18 +22,30 @@ APPS = Path(__file__).parent / "apps"
 console = Console()
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the options, and the description in its own lines."""
+
+
 def arguments(description: str, **extra: Any) -> argparse.Namespace:
-    """Parse ``--json FILE``, ``--quick`` and ``--seed``; ``extra`` maps further options to their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Parse ``--json FILE``, ``--quick`` and ``--seed``.
+
+    Args:
+        description: of the benchmark.
+        extra: further options: the default, or the default and a line of help; False makes a plain flag.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures, seeds and the machine here"
     )
     parser.add_argument("--quick", action="store_true", help="at most 10 minutes on 2 cores; same keys")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     for name, default in extra.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        value, told = default if isinstance(default, tuple) else (default, None)
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(option, action="store_true", default=value, help=told)
+        else:
+            parser.add_argument(option, type=type(value), default=value, help=told)
     return parser.parse_args()
 
 

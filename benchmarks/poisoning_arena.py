@@ -1,4 +1,4 @@
-"""The arena of :mod:`poisoning`: clients that train at once, attacks on their updates, and defences by one interface.
+"""The arena of :mod:`poisoning`: clients that train at once, attacks on their updates, and the game itself.
 
 All clients' local steps are one vmap over a flat network, so that a cell of the table takes seconds. An update is a row
 of a matrix ``[n, d]``. Attackers are honest in the first ``onset`` rounds, as in the publication's own code.
@@ -7,18 +7,16 @@ of a matrix ``[n, d]``. Attackers are honest in the first ``onset`` rounds, as i
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from statistics import mean
 
 import mnist
 import torch
 from fedllm.strategies.attacks import colluding
 from fedllm.strategies.robust import rules
-from fedllm.strategies.robust.temporal import Flanders, FLDetector, TemporalCosine
-from fedllm.strategies.vert.detector import Detector
-from fedllm.strategies.vert.paper import PaperDetector
-from fedllm.strategies.vert.sketch import Sketch, Sketcher
+from poisoning_defences import Defence, Scene, Vert
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -87,8 +85,6 @@ class Arena:
         return self.model.evaluate(weights, x, torch.full((len(x),), TARGET))[1]
 
 
-# -------------------------------------------------------------------- attacks
-
 Forge = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(honest ``[m, d]``, the colluders' honest updates ``[f, d]``, generator) → what they send ``[f, d]``."""
 
@@ -119,167 +115,55 @@ def _noise(own: Tensor, generator: torch.Generator) -> Tensor:
     return noise * own.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
 
 
-# ------------------------------------------------------------------- defences
+@dataclass
+class Effort:
+    """What the adaptive attacker spent: looks at a copy of the defence, updates tried there, time, and strengths.
 
+    Attributes:
+        queries: how often a copy judged a whole round.
+        candidates: forged updates in all of these.
+        seconds: for finding the strength.
+        strengths: the chosen one of every round, in multiples of an update's norm.
+    """
 
-@dataclass(frozen=True)
-class Scene:
-    """What a defence gets to see of a round, and, for the oracle, what it does not."""
-
-    round: int
-    updates: Tensor
-    root: Tensor
-    honest: Tensor
-
-
-class Defence(Protocol):
-    """Makes one update of many."""
-
-    def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """The aggregate ``[d]``, and who was kept ``[n]`` bool."""
-        ...
-
-
-class Weights:
-    """A rule without memory that weighs rows."""
-
-    def __init__(self, weigh: Callable[[Scene], Tensor]) -> None:
-        self._weigh = weigh
-
-    def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """See :class:`Defence`."""
-        weights = self._weigh(scene)
-        return weights @ scene.updates, weights > 0
-
-
-class Rule:
-    """A rule without memory that mixes coordinates."""
-
-    def __init__(self, rule: Callable[[Tensor], Tensor]) -> None:
-        self._rule = rule
-
-    def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """See :class:`Defence`."""
-        return self._rule(scene.updates), torch.ones(len(scene.updates), dtype=torch.bool)
-
-
-class Judged:
-    """A rival with memory: the mean of those that it keeps."""
-
-    def __init__(self, rival: TemporalCosine | PaperDetector | Flanders | FLDetector) -> None:
-        self._rival = rival
-
-    def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """See :class:`Defence`."""
-        names = [str(index) for index in range(len(scene.updates))]
-        kept, _ = self._rival.judge(names, scene.updates)
-        return scene.updates[kept].mean(0), kept
-
-
-class CentredClipping:
-    """Centred clipping around the last aggregate, with the median distance to it as the radius."""
-
-    def __init__(self) -> None:
-        self._centre: Tensor | None = None
-
-    def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """See :class:`Defence`."""
-        centre = torch.zeros_like(scene.root) if self._centre is None else self._centre
-        radius = float((scene.updates - centre).norm(dim=1).median())
-        self._centre = rules.centred_clipping(scene.updates, centre, radius, steps=3)
-        return self._centre, torch.ones(len(scene.updates), dtype=torch.bool)
-
-
-class Vert:
-    """Our default, over sketches; a round in which nobody is kept changes nothing."""
-
-    def __init__(self, seed: int, keep: float = 0.0, root: bool = False) -> None:
-        self.detector, self.sketcher = Detector(512, keep=keep, seed=seed), Sketcher(512, seed)
-        self._root = root
-
-    def judge(self, detector: Detector, server_round: int, updates: Tensor, root: Tensor) -> Tensor:
-        """Factors ``[n]``."""
-        sketches = [self.sketcher.tensor("update", update) for update in updates]
-        trusted = self.sketcher.update({}, {"update": root})
-        return detector.judge(
-            server_round,
-            [str(index) for index in range(len(updates))],
-            torch.stack([vector for vector, _ in sketches]),
-            torch.tensor([square**0.5 for _, square in sketches]),
-            Sketch(trusted.vector, trusted.norm) if self._root else None,
-        ).factors
-
-    def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """See :class:`Defence`."""
-        factors = self.judge(self.detector, scene.round, scene.updates, scene.root)
-        count = max(1, int((factors > 0).sum()))
-        return factors @ scene.updates / count, factors > 0
-
-
-def _mean(scene: Scene) -> Tensor:
-    return torch.full((len(scene.updates),), 1 / len(scene.updates))
-
-
-def _oracle(scene: Scene) -> Tensor:
-    return scene.honest.float() / scene.honest.sum()
-
-
-def defences(n: int, hostile: int, seed: int) -> dict[str, Callable[[], Defence]]:
-    """Defence by name; those that need it are told how many clients are hostile, or the most that they can take."""
-    f = min(hostile, (n - 1) // 2) if hostile else 0
-    noise = torch.Generator().manual_seed(derive_seed(seed, "dnc"))
-
-    def bounded(scene: Scene) -> Tensor:
-        norms = scene.updates.norm(dim=1)
-        return rules.norm_bound_factors(norms, float(norms.median())) / n
-
-    def trusting(scene: Scene) -> Tensor:
-        return rules.fltrust_weights(
-            scene.updates, scene.updates.norm(dim=1), scene.root, float(scene.root.norm())
-        )
-
-    return {
-        "oracle": lambda: Weights(_oracle),
-        "mean": lambda: Weights(_mean),
-        "median": lambda: Rule(rules.median),
-        "trimmed-mean": lambda: Rule(lambda x: rules.trimmed_mean(x, f)),
-        "krum": lambda: Weights(lambda s: rules.krum_weights(s.updates, f)),
-        "multi-krum": lambda: Weights(lambda s: rules.multi_krum_weights(s.updates, f)),
-        "bulyan": lambda: Rule(lambda x: rules.bulyan(x, f)),
-        "centred-clipping": CentredClipping,
-        "norm-bound": lambda: Weights(bounded),
-        "geometric-median": lambda: Weights(lambda s: rules.geometric_median_weights(s.updates)),
-        "dnc": lambda: Weights(lambda s: rules.dnc_weights(s.updates, f, noise)),
-        "nnm-trimmed-mean": lambda: Rule(lambda x: rules.trimmed_mean(rules.nnm(x, f), f)),
-        "fltrust": lambda: Weights(trusting),
-        "fldetector": lambda: Judged(FLDetector()),
-        "flanders": lambda: Judged(Flanders(n - hostile, seed=seed)),
-        "temporal-cosine": lambda: Judged(TemporalCosine(n - hostile)),
-        "vert-paper": lambda: Judged(PaperDetector(n - hostile, seed=seed)),
-        "vert": lambda: Vert(seed),
-        "vert-known": lambda: Vert(seed, keep=float(n - hostile)),
-        "vert-root": lambda: Vert(seed, root=True),
-    }
-
-
-# ----------------------------------------------------------------------- game
+    queries: int = 0
+    candidates: int = 0
+    seconds: float = 0.0
+    strengths: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: accuracy, success of a backdoor, shares of honest and hostile replies kept under attack."""
+    """What came of a run.
+
+    Attributes:
+        accuracy: on the test rows.
+        attack_success: share of the test rows that a backdoor's trigger turns.
+        honest_kept: share of the honest replies kept under attack.
+        hostile_kept: share of the hostile replies kept.
+        hostile_by_round: the same in every round since they turned.
+        queries: see :class:`Effort`.
+        candidates: likewise.
+        attack_seconds: likewise.
+        strength: mean over the rounds.
+    """
 
     accuracy: float
     attack_success: float
     honest_kept: float
     hostile_kept: float
+    hostile_by_round: tuple[float, ...]
+    queries: int
+    candidates: int
+    attack_seconds: float
+    strength: float
 
 
 def play(arena: Arena, attack: str, defence: Defence, rounds: int, onset: int) -> Outcome:
     """One run from the initial network; attackers are honest in the first ``onset`` rounds."""
     weights = arena.model.initial.clone()
     remembered = torch.zeros(arena.n, arena.model.size)
-    kept_sums = torch.zeros(arena.n)
+    effort, kept_of = Effort(), list[Tensor]()
     for server_round in range(1, rounds + 1):
         attacking = server_round > onset and attack != "none"
         poison = attack if attacking and attack in POISONED else ""
@@ -287,19 +171,25 @@ def play(arena: Arena, attack: str, defence: Defence, rounds: int, onset: int) -
         if not attacking:
             remembered = updates.clone()
         elif bool(arena.hostile.any()):
-            updates = _forged(arena, attack, defence, server_round, updates, root, remembered)
+            updates = _forged(arena, attack, defence, server_round, updates, root, remembered, effort)
         honest = ~arena.hostile if attacking else torch.ones(arena.n, dtype=torch.bool)
         aggregate, kept = defence.aggregate(Scene(server_round, updates, root, honest))
         weights = weights + aggregate
         if server_round > onset:
-            kept_sums += kept
-    shares = kept_sums / max(1, rounds - onset)
-    hostile_kept = float(shares[arena.hostile].mean()) if bool(arena.hostile.any()) else 0.0
+            kept_of.append(kept)
+    by_round = [
+        float(kept[arena.hostile].float().mean()) if bool(arena.hostile.any()) else 0.0 for kept in kept_of
+    ]
     return Outcome(
         arena.accuracy(weights),
         arena.attack_success(weights),
-        float(shares[~arena.hostile].mean()),
-        hostile_kept,
+        mean(float(kept[~arena.hostile].float().mean()) for kept in kept_of),
+        mean(by_round),
+        tuple(by_round),
+        effort.queries,
+        effort.candidates,
+        effort.seconds,
+        mean(effort.strengths or [0.0]),
     )
 
 
@@ -311,6 +201,7 @@ def _forged(
     updates: Tensor,
     root: Tensor,
     remembered: Tensor,
+    effort: Effort,
 ) -> Tensor:
     updates, hostile = updates.clone(), arena.hostile
     if attack in FORGED:
@@ -319,14 +210,28 @@ def _forged(
     elif attack == "replay":
         updates[hostile] = remembered[hostile]
     elif attack == "adaptive":
-        honest, own = updates[~hostile].clone(), updates[hostile].clone()
-
-        def accepted(candidates: Tensor) -> Tensor:
-            if not isinstance(defence, Vert):
-                return torch.ones(len(candidates), dtype=torch.bool)
-            trial = updates.clone()
-            trial[hostile] = candidates
-            return defence.judge(copy.deepcopy(defence.detector), server_round, trial, root)[hostile] > 0
-
-        updates[hostile] = colluding.adaptive(honest, own, accepted)
+        updates[hostile] = _adapted(arena, defence, server_round, updates, root, effort)
     return updates
+
+
+def _adapted(
+    arena: Arena, defence: Defence, server_round: int, updates: Tensor, root: Tensor, effort: Effort
+) -> Tensor:
+    """What the colluders find by trying strengths on a copy of VERT; they take any other defence to accept all."""
+    hostile = arena.hostile
+    honest, own = updates[~hostile].clone(), updates[hostile].clone()
+
+    def accepted(candidates: Tensor) -> Tensor:
+        if not isinstance(defence, Vert):
+            return torch.ones(len(candidates), dtype=torch.bool)
+        effort.queries += 1
+        effort.candidates += len(candidates)
+        trial = updates.clone()
+        trial[hostile] = candidates
+        return defence.judge(copy.deepcopy(defence.detector), server_round, trial, root)[hostile] > 0
+
+    began = time.perf_counter()
+    found = colluding.adaptive(honest, own, accepted)
+    effort.seconds += time.perf_counter() - began
+    effort.strengths.append(float((found - own)[0].norm() / own.norm(dim=1).median().clamp_min(1e-12)))
+    return found

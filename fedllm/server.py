@@ -130,6 +130,62 @@ def _operators_sinks(config: RunConfig, folder: Path) -> list[EventSink]:
         return []
 
 
+def build_strategy(config: RunConfig) -> Strategy:
+    """The strategy of a run, with its defence around it and its hostile clients around both.
+
+    Raises:
+        ConfigError: one of them is not what it should be.
+        RegistryError: one of them cannot be found.
+    """
+    strategy = registry.build(
+        "strategies",
+        config.strategy,
+        config.plugins.get(registry.parameter_table(config.strategy), {}),
+        fraction_train=config.server.fraction_train,
+        fraction_evaluate=config.server.fraction_evaluate,
+        min_available_nodes=config.server.min_nodes,
+        seed=config.seed,
+        download_codec=config.wire.download_codec,
+        aggregation=config.lora.aggregation,
+        client_ranks=config.lora.client_ranks,
+        accumulator_rank=config.lora.accumulator_rank,
+    )
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(
+            f"strategy: {config.strategy!r} is a {type(strategy).__name__}, expected a "
+            "flwr.serverapp.strategy.Strategy"
+        )
+    return _attacked(config, _defended(config, strategy))
+
+
+def _defended(config: RunConfig, strategy: Strategy) -> Strategy:
+    if config.defence == "none":
+        return strategy
+    parameters = config.plugins.get(registry.parameter_table(config.defence), {})
+    guarded = registry.build("defences", config.defence, parameters, strategy, seed=config.seed)
+    if not isinstance(guarded, StrategyWrapper):
+        raise ConfigError(
+            f"defence: {config.defence!r} is a {type(guarded).__name__}, expected a StrategyWrapper"
+        )
+    return guarded
+
+
+def _attacked(config: RunConfig, strategy: Strategy) -> Strategy:
+    """The strategy as hostile clients leave it; without an attack it is the strategy itself."""
+    if config.attack == "none":
+        return strategy
+    parameters = config.plugins.get(registry.parameter_table(config.attack), {})
+    who = {
+        "fraction": config.attack_fraction,
+        "from_round": config.attack_from_round,
+        "seed": config.seed,
+    }
+    if issubclass(registry.load("attacks", config.attack), HostileClients):
+        colluders: Strategy = registry.build("attacks", config.attack, parameters, strategy, **who)
+        return colluders
+    return LoneAttack(strategy, attack=config.attack, parameters=json.dumps(parameters), **who)
+
+
 class _Run:
     """The pieces of one run."""
 
@@ -144,7 +200,7 @@ class _Run:
         self.test = test_examples(config, self.bundle.tokenizer) if config.server.evaluate_every else None
 
     def execute(self) -> Result:
-        strategy = self._strategy()
+        strategy = build_strategy(self.config)
         ours = strategy if isinstance(strategy, BaseStrategy | StrategyWrapper) else None
         try:
             if ours is not None:
@@ -189,56 +245,6 @@ class _Run:
     def _first_round(self) -> int:
         found = _checkpoints(self.folder, self.config).latest() if self.config.run.resume else None
         return 1 if found is None else found[0].round + 1
-
-    def _strategy(self) -> Strategy:
-        config = self.config
-        strategy = registry.build(
-            "strategies",
-            config.strategy,
-            config.plugins.get(registry.parameter_table(config.strategy), {}),
-            fraction_train=config.server.fraction_train,
-            fraction_evaluate=config.server.fraction_evaluate,
-            min_available_nodes=config.server.min_nodes,
-            seed=config.seed,
-            download_codec=config.wire.download_codec,
-            aggregation=config.lora.aggregation,
-            client_ranks=config.lora.client_ranks,
-            accumulator_rank=config.lora.accumulator_rank,
-        )
-        if not isinstance(strategy, Strategy):
-            raise ConfigError(
-                f"strategy: {config.strategy!r} is a {type(strategy).__name__}, expected a "
-                "flwr.serverapp.strategy.Strategy"
-            )
-        return self._attacked(self._defended(strategy))
-
-    def _defended(self, strategy: Strategy) -> Strategy:
-        config = self.config
-        if config.defence == "none":
-            return strategy
-        parameters = config.plugins.get(registry.parameter_table(config.defence), {})
-        guarded = registry.build("defences", config.defence, parameters, strategy, seed=config.seed)
-        if not isinstance(guarded, StrategyWrapper):
-            raise ConfigError(
-                f"defence: {config.defence!r} is a {type(guarded).__name__}, expected a StrategyWrapper"
-            )
-        return guarded
-
-    def _attacked(self, strategy: Strategy) -> Strategy:
-        """The strategy as hostile clients leave it; without an attack it is the strategy itself."""
-        config = self.config
-        if config.attack == "none":
-            return strategy
-        parameters = config.plugins.get(registry.parameter_table(config.attack), {})
-        who = {
-            "fraction": config.attack_fraction,
-            "from_round": config.attack_from_round,
-            "seed": config.seed,
-        }
-        if issubclass(registry.load("attacks", config.attack), HostileClients):
-            colluders: Strategy = registry.build("attacks", config.attack, parameters, strategy, **who)
-            return colluders
-        return LoneAttack(strategy, attack=config.attack, parameters=json.dumps(parameters), **who)
 
     def _train_config(self) -> ConfigRecord:
         config = self.config

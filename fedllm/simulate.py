@@ -171,7 +171,14 @@ def clients_at_once(config: RunConfig) -> int:
     """Clients that must run at the same time because they train with each other; 0: any number will do."""
     if not getattr(registry.load("strategies", config.strategy), "trains_at_once", False):
         return 0
-    return max(int(config.simulation.clients * config.server.fraction_train), 1)
+    return _cohort(config)
+
+
+def _cohort(config: RunConfig) -> int:
+    """Clients that train in a round."""
+    parameters = config.plugins.get(registry.parameter_table(config.strategy), {})
+    at_least = int(parameters.get("min-train-nodes", 1))
+    return max(int(config.simulation.clients * config.server.fraction_train), at_least)
 
 
 def print_plan(job: Job, data: DataSummary, console: Console) -> None:
@@ -240,10 +247,21 @@ def _check_simulation(config: RunConfig, cluster: RayCluster | None) -> None:
             f"server.min-nodes is {server.min_nodes}, but simulation.clients is {simulation.clients}: "
             "the run would wait for nodes that never come; raise the clients or lower min-nodes"
         )
+    _check_defence(config)
     if cluster is not None:
         cluster.check(simulation.cpus_per_client, simulation.gpus_per_client, clients_at_once(config))
     else:
         _check_this_machine(config)
+
+
+def _check_defence(config: RunConfig) -> None:
+    """Let the defence itself say whether its parameters fit the number of clients in a round."""
+    if config.defence == "none":
+        return
+    check = getattr(registry.load("defences", config.defence), "check_cohort", None)
+    if check is not None:  # a defence of one's own need not be a reply filter
+        parameters = config.plugins.get(registry.parameter_table(config.defence), {})
+        check(registry.check_parameters("defences", config.defence, parameters), _cohort(config))
 
 
 def _check_this_machine(config: RunConfig) -> None:

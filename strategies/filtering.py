@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedllm.config import RunConfig
-from fedllm.errors import PlanError
+from fedllm.errors import ConfigError, PlanError
 from fedllm.events import EventBus
 from fedllm.records import decode, only_arrays
 from fedllm.spool import ReplySpool
@@ -72,6 +72,9 @@ class ReplyFilter(StrategyWrapper):
         sketch_size: numbers that are kept of an update while a round is open.
         seed: of the sketches.
         spool_bytes: bytes of waiting replies that are held in memory; more go to temporary files.
+
+    Attributes:
+        tells: whether verdicts become events; not where another filter around this one tells them.
     """
 
     def __init__(
@@ -79,10 +82,19 @@ class ReplyFilter(StrategyWrapper):
     ) -> None:
         super().__init__(inner)
         self.sketcher = Sketcher(sketch_size, seed)
+        self.tells = True
         self._spool_bytes = spool_bytes
         self._events: EventBus | None = None
         self._sent: dict[int, ArrayRecord] = {}
         self._decoded: tuple[ArrayRecord | None, Tensors] = (None, {})
+
+    @classmethod
+    def check_cohort(cls, parameters: Mapping[str, Any], clients: int) -> None:
+        """Refuse parameters that do not fit the number of clients in a round; most fit any.
+
+        Raises:
+            ConfigError: they do not.
+        """
 
     @abstractmethod
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
@@ -112,7 +124,8 @@ class ReplyFilter(StrategyWrapper):
             if not cohort.clients:
                 return self.inner.aggregate_train(server_round, iter(()))
             verdict = self.judge(server_round, cohort)
-            self._tell(server_round, cohort, verdict)
+            if self.tells:
+                self._tell(server_round, cohort, verdict)
             if not bool((verdict.factors != 0).any()):
                 rejected = f"{type(self).__name__} rejected all {len(cohort.clients)} replies"
                 self.skip_reason = f"{rejected}; the model stays as it was"
@@ -132,6 +145,15 @@ class ReplyFilter(StrategyWrapper):
             norms.append(sketch.norm)
         empty = torch.zeros(0, self.sketcher.size)
         return Cohort(clients, torch.stack(sketches) if sketches else empty, torch.tensor(norms))
+
+    def tell_of_few(self, server_round: int, cohort: Cohort, key: str, keep: float) -> None:
+        """Warn of a round with fewer replies than shall be kept: there the number rejects nobody."""
+        if keep > (count := len(cohort.clients)) and self._events is not None:
+            self._events.emit(
+                "warning",
+                message=f"round {server_round}: {key} is {keep:g}, but only {count} replies came, of which it rejects "
+                f"none; set {key} below the number of clients in a round",
+            )
 
     def represent(self, start: Tensors, new: Tensors) -> Sketch:
         """What is kept of an update while the round is open; ``start`` is empty if ``new`` already is an update."""
@@ -218,3 +240,16 @@ class WholeUpdates(ReplyFilter):
         """The whole update, flat: factors of adapters are plain arrays here."""
         flat = flat_update(start, new)
         return Sketch(flat, float(flat.norm()))
+
+
+def check_keep(key: str, keep: float, clients: int) -> None:
+    """Refuse to keep more replies than a round can have.
+
+    Raises:
+        ConfigError: ``keep`` is above ``clients``, the number of clients that train in a round.
+    """
+    if keep > clients:
+        raise ConfigError(
+            f"{key} is {keep:g}, but a round has {clients} clients (simulation.clients times server.fraction-train): "
+            "nobody would be rejected; lower it to the number of clients that are surely honest"
+        )

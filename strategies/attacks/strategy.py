@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from fedllm.strategies.attacks import colluding
 from fedllm.strategies.flat_updates import flat_update, set_update
+from fedllm.strategies.vert.sketch import Sketch
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -21,7 +22,9 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import Field
 from torch import Tensor
 
+from fedllm.config import RunConfig
 from fedllm.errors import PlanError
+from fedllm.events import EventBus
 from fedllm.hostile import HostileClients
 from fedllm.records import decode, only_arrays
 from fedllm.wrapper import layers_of
@@ -33,11 +36,24 @@ class ColludingAttack(HostileClients):
     Args:
         inner: the strategy that is attacked.
         kwargs: keywords of :class:`HostileClients`.
+
+    Attributes:
+        others: names of the round's honest clients, in the order of their updates.
     """
+
+    needs_honest: ClassVar[bool] = True
+    """Whether there is nothing to craft in a round that asks hostile clients only."""
 
     def __init__(self, inner: Strategy, **kwargs: Any) -> None:
         super().__init__(inner, **kwargs)
+        self.others: list[str] = []
         self._current: dict[int, Mapping[str, Tensor]] = {}
+        self._events: EventBus | None = None
+
+    def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
+        """Take the run's events."""
+        super().prepare(config, bundle, events)
+        self._events = events
 
     @abstractmethod
     def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
@@ -45,7 +61,7 @@ class ColludingAttack(HostileClients):
 
         Args:
             server_round: the round.
-            honest: updates of the others, ``[m, d]`` with m > 0.
+            honest: updates of the others, ``[m, d]``, with m > 0 if ``needs_honest``.
             own: what the colluders would send if they were honest, ``[f, d]``.
             names: of the colluders.
         """
@@ -67,19 +83,33 @@ class ColludingAttack(HostileClients):
         hostile = [self.is_hostile(message.metadata.src_node_id) for message in messages]
         if len({len(vector) for vector in vectors}) > 1:
             raise PlanError(f"{type(self).__name__} needs updates of one size: it cannot attack mixed ranks")
-        if any(hostile) and not all(hostile):
+        if any(hostile):
             mask = torch.tensor(hostile)
             stacked = torch.stack(vectors)
-            names = [
-                self.node_name(m.metadata.src_node_id) for m, h in zip(messages, hostile, strict=True) if h
+            all_names = [self.node_name(message.metadata.src_node_id) for message in messages]
+            names = [name for name, is_hostile in zip(all_names, hostile, strict=True) if is_hostile]
+            self.others = [
+                name for name, is_hostile in zip(all_names, hostile, strict=True) if not is_hostile
             ]
             self.watch(server_round, stacked[mask], names)
-            if server_round >= self._from_round:
+            if server_round >= self._from_round and self._can_craft(server_round):
                 crafted = self.craft(server_round, stacked[~mask], stacked[mask], names)
                 rewritten = (m for m, is_hostile in zip(messages, hostile, strict=True) if is_hostile)
                 for message, update in zip(rewritten, crafted, strict=True):
                     set_update(only_arrays(message), self._base(message), update)
         return self.inner.aggregate_train(server_round, iter(messages))
+
+    def _can_craft(self, server_round: int) -> bool:
+        """Whether there is what the attack starts from; the run is told if not."""
+        if self.others or not self.needs_honest:
+            return True
+        if self._events is not None:
+            self._events.emit(
+                "warning",
+                message=f"round {server_round}: only hostile clients replied, but {type(self).__name__} needs honest "
+                "updates to start from: they sent their own as if they were honest",
+            )
+        return False
 
     def watch(self, server_round: int, own: Tensor, names: list[str]) -> None:
         """See the colluders' honest updates, before the attack begins, too."""
@@ -165,6 +195,8 @@ class Mimic(ColludingAttack):
 class Replay(ColludingAttack):
     """Replay: every attacker sends again the update of its last honest round; without one, that of its first."""
 
+    needs_honest = False
+
     def __init__(self, inner: Strategy, **kwargs: Any) -> None:
         super().__init__(inner, **kwargs)
         self._kept: dict[str, Tensor] = {}
@@ -201,22 +233,28 @@ class Adaptive(ColludingAttack):
         guard = next((layer for layer in layers_of(self) if isinstance(layer, VERT)), None)
         if guard is None:
             raise PlanError("the adaptive attack needs defence = vert: it tries its updates on a copy of it")
-        sent = next(iter(self._current.values()))
-        sizes = [tensor.numel() for tensor in sent.values()]
-        others = [f"honest {index}" for index in range(len(honest))]
+        seen = [self._sketch(guard, update) for update in honest]
 
         def accepted(candidates: Tensor) -> Tensor:
-            detector = copy.deepcopy(guard.detector)
-            sketches, norms = [], []
-            for update in torch.cat([candidates, honest]):
-                new = {
-                    name: tensor + piece.view_as(tensor)
-                    for (name, tensor), piece in zip(sent.items(), update.split(sizes), strict=True)
-                }
-                sketch = guard.sketcher.update(sent, new)
-                sketches.append(sketch.vector)
-                norms.append(sketch.norm)
-            judged = detector.judge(server_round, names + others, torch.stack(sketches), torch.tensor(norms))
+            sketches = [self._sketch(guard, update) for update in candidates] + seen
+            judged = copy.deepcopy(guard.detector).judge(
+                server_round,
+                names + self.others,
+                torch.stack([sketch.vector for sketch in sketches]),
+                torch.tensor([sketch.norm for sketch in sketches]),
+                guard.root_sketch,
+            )
             return judged.kept[: len(candidates)]
 
         return colluding.adaptive(honest, own, accepted)
+
+    def _sketch(self, guard: VERT, update: Tensor) -> Sketch:
+        """What the guard will make of an update."""
+        sent = next(iter(self._current.values()))
+        pieces = torch.split(update, [tensor.numel() for tensor in sent.values()])
+        parts = {
+            name: piece.view_as(tensor) for (name, tensor), piece in zip(sent.items(), pieces, strict=True)
+        }
+        if not self.replies_are_adapters:
+            return guard.sketcher.update({}, parts)
+        return guard.sketcher.update(sent, {name: tensor + parts[name] for name, tensor in sent.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates
+from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates, check_keep
 from fedllm.strategies.vert.paper import PaperDetector
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
@@ -16,7 +16,7 @@ class PaperVERT(WholeUpdates):
 
     Args:
         inner: any Flower strategy.
-        keep: replies that are kept after the warm-up.
+        keep: replies that are kept after the warm-up; a round with fewer keeps all, and is warned of.
         size: length of a projection.
         warm_up: rounds that are trusted.
         window: rounds of history.
@@ -38,6 +38,7 @@ class PaperVERT(WholeUpdates):
         seed: int = 0,
     ) -> None:
         super().__init__(inner, seed=seed)
+        self._keep = keep
         self._detector = PaperDetector(
             keep,
             size=size,
@@ -48,8 +49,18 @@ class PaperVERT(WholeUpdates):
             seed=seed,
         )
 
+    @classmethod
+    def check_cohort(cls, parameters: Mapping[str, Any], clients: int) -> None:
+        """Refuse a ``keep`` above the number of clients in a round, where that is known before the run.
+
+        Raises:
+            ConfigError: ``keep`` is larger.
+        """
+        check_keep("vert-paper.keep", float(parameters.get("keep", 1)), clients)
+
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
         """See :class:`PaperDetector`."""
+        self.tell_of_few(server_round, cohort, "vert-paper.keep", self._keep)
         kept, scores = self._detector.judge(cohort.clients, cohort.sketches)
         return Verdict(kept.float(), scores)
 

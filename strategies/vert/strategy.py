@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fedllm.strategies.filtering import Cohort, Verdict
+from fedllm.strategies.filtering import Cohort, ReplyFilter, Verdict, check_keep
+from fedllm.strategies.robust.coordinates import Median, NearestNeighbourMixing, TrimmedMean
+from fedllm.strategies.robust.strategy import GeometricMedian
 from fedllm.strategies.trusted import RootedFilter, RootUpdate
 from fedllm.strategies.vert.detector import Detector
 from flwr.serverapp.strategy import Strategy
@@ -14,6 +16,14 @@ from pydantic import Field
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.events import EventBus
+
+Rule = Literal["mean", "geometric-median", "median", "trimmed-mean", "nnm"]
+RULES: Mapping[str, type[ReplyFilter]] = {
+    "geometric-median": GeometricMedian,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+    "nnm": NearestNeighbourMixing,
+}
 
 
 class VERT(RootedFilter):
@@ -26,7 +36,8 @@ class VERT(RootedFilter):
 
     Args:
         inner: any Flower strategy.
-        keep: replies to keep: ``auto``, a number (``"4"``), or a share with a dot (``"0.2"``).
+        keep: replies to keep: ``auto``, a number (``"4"``), or a share with a dot (``"0.2"``). A number above the
+            replies of a round rejects nobody there, apart from those that do not move; the round is warned of.
         warm_up: first rounds, which are trusted.
         root_examples: so many of the server's test rows are trusted: the server trains on them in every round with the
             clients' update rule. 0: none. They are evaluated on as well.
@@ -34,6 +45,8 @@ class VERT(RootedFilter):
         window: directions that are remembered of each client.
         max_clients: clients that are remembered.
         sketch_size: numbers that stand for an update.
+        rule: what becomes of the kept replies: their ``mean`` by the inner strategy, or a robust rule among them, which
+            helps where some attackers got through; the coordinate rules need whole updates of one form.
         seed: of sketches and predictors.
         root: trusted update as a function instead of ``root_examples``.
 
@@ -52,9 +65,13 @@ class VERT(RootedFilter):
         window: Annotated[int, Field(ge=1)] = 4,
         max_clients: Annotated[int, Field(ge=1)] = 10_000,
         sketch_size: Annotated[int, Field(ge=16)] = 512,
+        rule: Rule = "mean",
         seed: int = 0,
         root: RootUpdate | None = None,
     ) -> None:
+        if rule != "mean":
+            inner = RULES[rule](inner, seed=seed)
+            inner.tells = False  # the verdict of the round is VERT's
         super().__init__(inner, root_examples=root_examples, root=root, sketch_size=sketch_size, seed=seed)
         self.keep, self.warm_up = keep, warm_up
         self.detector = Detector(
@@ -77,8 +94,18 @@ class VERT(RootedFilter):
                 "the start, their updates alone cannot tell who is right; vert.root-examples gives it data to trust",
             )
 
+    @classmethod
+    def check_cohort(cls, parameters: Mapping[str, Any], clients: int) -> None:
+        """Refuse a ``keep`` above the number of clients in a round, where that is known before the run.
+
+        Raises:
+            ConfigError: ``keep`` is larger.
+        """
+        check_keep("vert.keep", parse_keep(str(parameters.get("keep", "auto"))), clients)
+
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
         """See :class:`fedllm.strategies.vert.detector.Detector`."""
+        self.tell_of_few(server_round, cohort, "vert.keep", self.detector.keep)
         found = self.detector.judge(
             server_round, cohort.clients, cohort.sketches, cohort.norms, self.root_sketch
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fedllm import client
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KEYS = {
     "spry_accuracy",
@@ -44,7 +46,7 @@ def test_every_method_runs_on_the_clients_of_a_flower_app(benchmark, data, monke
     monkeypatch.setitem(benchmark.COMMON, "train.local-steps", 1)
     monkeypatch.setitem(benchmark.COMMON, "data.partitioner", "iid")
     monkeypatch.setattr(benchmark, "PER_ROUND", 3)
-    monkeypatch.setattr(benchmark.client, "_use_own_cpus", lambda: None)
+    monkeypatch.setattr(client, "_use_own_cpus", lambda: None)
     up = {}
     for name, method in benchmark.METHODS.items():
         config = benchmark.configuration(method, data, 1.0, 3, 40)

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SHARED = {"harness.py", "mnist.py", "poisoning_arena.py", "second_order_methods.py", "code_identity.py"}
+SHARED = {
+    "code_identity.py",
+    "federation.py",
+    "harness.py",
+    "mnist.py",
+    "poisoning_arena.py",
+    "poisoning_cells.py",
+    "poisoning_cost.py",
+    "poisoning_defences.py",
+    "poisoning_figures.py",
+    "second_order_methods.py",
+}
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name not in SHARED)
 
 

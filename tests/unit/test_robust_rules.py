@@ -235,6 +235,15 @@ def test_wrappers_run_around_any_strategy(name, kind):
 def test_the_published_form_runs_as_a_wrapper():
     _, told = loop(PaperVERT(inner("ours"), keep=3, size=16), hostile={4, 5, 6, 7, 8}, rounds=4)
     assert [sum(v["kept"].values()) for v in told.of("verdict")] == [8, 8, 3, 3]
+    assert not told.of("warning")
+
+
+def test_the_published_form_warns_of_rounds_with_fewer_replies_than_it_keeps():
+    _, told = loop(PaperVERT(inner("ours"), keep=9, size=16), rounds=3)
+    assert [sum(v["kept"].values()) for v in told.of("verdict")] == [8, 8, 8]
+    assert [event["message"].split(",")[0] for event in told.of("warning")] == [
+        f"round {number}: vert-paper.keep is 9" for number in (1, 2, 3)
+    ]
 
 
 def test_whole_updates_of_different_length_are_refused():

@@ -76,12 +76,30 @@ def test_min_nodes_of_the_user_is_kept(folder):
         ("simulation.cpus-per-client=9999", "9999"),
         ('run.name="../x"', "run.name"),
         ("fedavg.nonsense=1", "nonsense"),
+        ('defence="vert" vert.keep="50"', r"vert\.keep is 50, but a round has 4 clients"),
+        ('defence="vert-paper" vert-paper.keep=5', r"vert-paper\.keep is 5, but a round has 4 clients"),
+        (
+            'simulation.clients=20 server.fraction-train=0.5 defence="vert" vert.keep="11"',
+            "a round has 10 clients",
+        ),
     ],
 )
 def test_bad_configuration_is_rejected_before_work_starts(folder, tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         prepare(folder, [override])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("keep", ["auto", "4", "0.9"])
+def test_a_defence_may_keep_as_many_as_a_round_has(folder, keep):
+    assert prepare(folder, [f'defence="vert" vert.keep="{keep}"']).config.defence == "vert"
+
+
+def test_a_round_has_as_many_clients_as_the_strategy_asks_at_least(folder):
+    asked = "simulation.clients=20 server.fraction-train=0.1 fedavg.min-train-nodes=5"
+    prepare(folder, [f'{asked} defence="vert" vert.keep="5"'])
+    with pytest.raises(ConfigError, match="a round has 5 clients"):
+        prepare(folder, [f'{asked} defence="vert" vert.keep="6"'])
 
 
 def test_more_of_a_gpu_than_there_is_is_rejected(folder, monkeypatch):

@@ -148,7 +148,8 @@ def test_history_is_bounded():
     assert bounded.nbytes <= 4 * Q * 3 * (N + 1)
 
 
-def test_keeping_more_than_there_are_keeps_all_that_moved():
+def test_a_number_above_the_replies_rejects_only_what_does_not_move():
+    """A round may have fewer replies than asked for; the wrapper warns of it, see below."""
     detector = after(2, Detector(Q, keep=50.0))
     updates = honest(3)
     updates[0] = 0
@@ -214,12 +215,12 @@ def test_the_ladder_climbs_only_for_a_better_prediction():
 # ---------------------------------------------------------------------- wrapper
 
 
-def client(hostile=(), onset=3):
+def client(hostile=(), onset=3, strength=1.0):
     """Agrees on a direction with some noise; hostile nodes turn around from a round on."""
 
     def answer(message, node):
         server_round = int(message.content["config"]["server-round"])
-        sign = -1.0 if node in hostile and server_round >= onset else 1.0
+        sign = -strength if node in hostile and server_round >= onset else 1.0
         arrays = {}
         for name, value in decode(message.content["arrays"]).items():
             step = normal(name, shape=value.shape) + 0.5 * normal(name, node, server_round, shape=value.shape)
@@ -245,12 +246,12 @@ class Told:
         return [event for event in self.events if event["event"] == kind]
 
 
-def loop(strategy, hostile=(), rounds=5, nodes=8, told=None, **kwargs):
+def loop(strategy, hostile=(), rounds=5, nodes=8, told=None, answer=None, **kwargs):
     told = told or Told()
     bus = EventBus([told])
     strategy.prepare(registry.config_from_flat({}), None, bus)
     names = {node: f"n{node}" for node in range(1, nodes + 1)}
-    grid = FakeGrid(names, client(hostile), names=names)
+    grid = FakeGrid(names, answer or client(hostile), names=names)
     options = LoopOptions(min_nodes=nodes, node_timeout=5)
     result = run_rounds(strategy, grid, initial_arrays(), rounds, options=options, events=bus, **kwargs)
     return result, told
@@ -380,6 +381,35 @@ def test_without_trusted_data_the_run_says_what_it_relies_on():
 def test_bad_keep_is_refused(keep):
     with pytest.raises(ConfigError, match=r"vert\.keep: expected auto"):
         VERT(FedAvg(), keep=keep)
+
+
+@pytest.mark.parametrize(("keep", "warned"), [("50", [1, 2, 3]), ("9", [1, 2, 3]), ("8", []), ("0.9", [])])
+def test_every_round_with_fewer_replies_than_keep_is_warned_of(keep, warned):
+    _, told = loop(VERT(FedAvg(fraction_evaluate=0), keep=keep), rounds=3)
+    found = [event["message"] for event in told.of("warning") if "vert.keep" in event["message"]]
+    assert [
+        f"round {r}: vert.keep is {keep}, but only 8 replies came" in m
+        for r, m in zip(warned, found, strict=True)
+    ] == [True] * len(warned)
+
+
+@pytest.mark.parametrize("rule", ["geometric-median", "trimmed-mean", "median", "nnm"])
+def test_a_robust_rule_among_the_kept(rule):
+    """Told to keep everybody, VERT lets one hostile reply through; the rule bounds it, and the verdict is VERT's."""
+
+    def ended(rule, hostile):
+        guarded = VERT(FedAvg(fraction_evaluate=0), keep="8", clip=1e6, rule=rule)
+        result, told = loop(guarded, rounds=3, answer=client(hostile, strength=10.0))
+        return decode(result.arrays), told
+
+    def distance(one, other):
+        return sum(float((a - b).square().sum()) for a, b in zip(one.values(), other.values(), strict=True))
+
+    honest, _ = ended("mean", set())
+    plain, _ = ended("mean", {8})
+    robust, told = ended(rule, {8})
+    assert distance(robust, honest) < 0.2 * distance(plain, honest)
+    assert [event["defence"] for event in told.of("verdict")] == ["VERT"] * 3
 
 
 def test_the_loop_looks_through_wrappers():

@@ -1,0 +1,115 @@
+"""The attack bench on adapters: its runs on a tiny model, its figures from given outcomes."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedllm import client
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import poisoning_lora
+
+    return poisoning_lora
+
+
+@pytest.fixture
+def data(tmp_path):
+    chooser = random.Random(0)
+    rows = [
+        f"{chooser.choice(['up', 'down'])} {chooser.randrange(10)},{chooser.choice('abcd')}"
+        for _ in range(120)
+    ]
+    for name, lines in (("train.csv", rows), ("test.csv", rows[:20])):
+        (tmp_path / name).write_text("text,label\n" + "\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(bench, monkeypatch):
+    small = {
+        "model.name": "tiny-random:bert",
+        "data.max-length": 12,
+        "data.partitioner": "iid",
+        "train.batch-size": 4,
+    }
+    for key, value in small.items():
+        monkeypatch.setitem(bench.COMMON, key, value)
+    monkeypatch.setattr(client, "_use_own_cpus", lambda: None)
+    monkeypatch.setenv("RAY_JOB_ID", "01")
+    bench.pretend_to_be_flower()
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("cell", "kept"),
+    [(("any", "oracle"), (1.0, 0.0)), (("label-flip", "mean"), (1.0, 1.0)), (("none", "vert"), (None, 0.0))],
+)
+def test_who_counts(tiny, data, cell, kept):
+    outcome = tiny.run(tiny.configuration(cell, data, 1, 3, 1, 20), clients=5)
+    assert 0 <= outcome.accuracy <= 1
+    assert outcome.hostile_kept == kept[1]
+    assert kept[0] in (None, outcome.honest_kept)
+
+
+def test_a_colluding_attack_meets_each_defence(tiny, data):
+    for defence in ("multi-krum", "temporal-cosine", "vert"):
+        outcome = tiny.run(tiny.configuration(("ipm", defence), data, 1, 3, 1, 20), clients=5)
+        kept = 4 * outcome.hostile_kept + outcome.honest_kept  # of five, 80 % hostile
+        assert kept == pytest.approx({"multi-krum": 3, "temporal-cosine": 1}.get(defence, kept))
+        assert 0 <= kept <= 5
+
+
+def test_every_attack_is_run_against_every_defence_once(bench):
+    cells = bench.cells()
+    assert len(cells) == len(set(cells)) == 3 + 5 * 4
+
+
+def test_gaps_are_to_the_oracle(bench):
+    def outcome(accuracy):
+        return bench.Outcome(accuracy, 1.0, 0.0, 1.0)
+
+    found = bench.summarise(
+        {
+            bench.ORACLE: outcome(0.85),
+            ("none", "mean"): outcome(0.86),
+            ("none", "vert"): outcome(0.855),
+            ("ipm", "vert"): outcome(0.84),
+            ("alie", "vert"): outcome(0.8),
+            ("alie", "mean"): outcome(0.2),
+        }
+    )
+    assert found["vert_worst_gap_to_oracle"] == pytest.approx(5)
+    assert found["mean_worst_gap_to_oracle"] == pytest.approx(65)
+    assert found["multi_krum_worst_gap_to_oracle"] is None
+    assert found["vert_loss_without_attack"] == pytest.approx(0.5)
+    assert found["vert_accuracy_ipm"] == 0.84
+
+
+def test_finished_runs_are_not_repeated(tiny, data, tmp_path, monkeypatch):
+    played = []
+
+    def played_run(config):
+        played.append(config.attack)
+        return tiny.Outcome(0.5, 1.0, 0.0, 1.0)
+
+    monkeypatch.setattr(tiny, "run", played_run)
+    arguments = ["x", "--data", str(data), "--only", "ipm", "--partial", str(tmp_path / "p.json")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--csv", str(tmp_path / "cells.csv")])
+    tiny.main()
+    assert played == [tiny.HONEST_ONLY, *["ipm"] * 4]
+    tiny.main()
+    assert len(played) == 5
+    assert len((tmp_path / "cells.csv").read_text().splitlines()) == 6
+
+
+def test_it_says_what_to_pass_when_the_data_is_absent(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["poisoning_lora.py", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--data FOLDER"):
+        bench.main()
