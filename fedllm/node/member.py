@@ -15,7 +15,7 @@ import psutil
 from fedllm.errors import FedLLMError
 from fedllm.flower import tail
 from fedllm.node.superlink import SUPERLINK
-from fedllm.node.supernode import SUPERNODE, WORKER
+from fedllm.node.supernode import LAUNCHER, SUPERNODE, WORKER
 from fedllm.node.supervise import read_status
 from fedllm.processes import FLOWER_HOME, command_name, of_home
 
@@ -132,7 +132,7 @@ class Member:
     @property
     def homes(self) -> list[Path]:
         """By which ``FLWR_HOME`` its processes are known: the supervisor's, then those of its parts."""
-        return [self.state / "home" / name for name in ("supervisor", SUPERLINK, SUPERNODE, WORKER)]
+        return [self.state / "home" / name for name in ("supervisor", SUPERLINK, SUPERNODE, LAUNCHER, WORKER)]
 
     def processes(self) -> list[psutil.Process]:
         """All processes that its parts have started, those of apps included; not the supervisor."""

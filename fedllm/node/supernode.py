@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ import tomli_w
 
 from fedllm.errors import FedLLMError
 from fedllm.flower import check_deployable, environment, executable
+from fedllm.node.launcher import COMMAND, READY, write_command
 from fedllm.node.settings import NodeSettings
 from fedllm.node.supervise import Backoff, Part, Supervisor
 from fedllm.processes import command_name, of_home
 from fedllm.superlink import free_port
 
-WORKER, SUPERNODE = "worker", "supernode"
+WORKER, LAUNCHER, SUPERNODE = "worker", "launcher", "supernode"
 _HEALTH_TIMEOUT = 1.0
 _TROUBLE_TIMEOUT = 10.0  # a worker that trains on all CPUs may be slow to answer
 _ADVICE = {
@@ -25,7 +27,6 @@ _ADVICE = {
 }
 _CONNECTED = "SuperNode ID:"  # Flower prints it when the SuperLink has admitted the node
 _TAKEN, _SENDING = "Received successfully", "Sending: "  # and these around its work on a message
-_CLIENT_APP = "flwr-clientapp"
 _START_PAUSE = (
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # seconds between Flower's looks for an app to start, by default 1
 )
@@ -40,7 +41,7 @@ def supervisor(
         SuperLinkError: Flower is not installed, or not in a version that can be deployed.
     """
     check_deployable()
-    parts = [worker_part(settings)] if settings.worker else []
+    parts = [worker_part(settings), launcher_part(settings)] if settings.worker else []
     return Supervisor(
         f"node {settings.title}",
         [*parts, supernode_part(settings)],
@@ -81,11 +82,30 @@ def worker_part(settings: NodeSettings) -> Part:
     return Part(WORKER, lambda: command, home, surroundings, ready, settings.state, trouble=trouble)
 
 
+def launcher_part(settings: NodeSettings) -> Part:
+    """What starts the SuperNode's ClientApps; without a resident worker they load so much that a fork gains little."""
+    home, address = settings.state / "home" / LAUNCHER, settings.state / "launcher.sock"
+    command = [sys.executable, "-m", "fedllm.node.launcher", "--socket", str(address)]
+    return Part(
+        LAUNCHER,
+        lambda: command,
+        home,
+        part_environment(home, settings.threads),
+        lambda lines: any(READY in line for line in lines),
+        settings.state,
+    )
+
+
 def supernode_part(settings: NodeSettings) -> Part:
     """Flower's SuperNode, with what the node is told in a file beside its logs."""
-    home = settings.state / "home" / SUPERNODE
+    home, commands = settings.state / "home" / SUPERNODE, settings.state / "commands"
+    surroundings = part_environment(home, settings.threads)
+    if settings.worker:
+        surroundings = {**surroundings, "PATH": os.pathsep.join((str(commands), surroundings["PATH"]))}
 
     def command() -> list[str]:
+        if settings.worker:
+            write_command(commands, settings.state / "launcher.sock", executable(COMMAND))
         told = settings.state / "node-config.toml"
         told.write_text(tomli_w.dumps(settings.node_config()), encoding="utf-8")
         line = [
@@ -106,7 +126,7 @@ def supernode_part(settings: NodeSettings) -> Part:
         SUPERNODE,
         command,
         home,
-        part_environment(home, settings.threads),
+        surroundings,
         lambda lines: any(_CONNECTED in line for line in lines),
         settings.state,
         _ADVICE,
@@ -125,7 +145,7 @@ def stuck(lines: Sequence[str], home: Path) -> str:
         home: its ``FLWR_HOME``.
     """
     last = next((line for line in reversed(lines) if _TAKEN in line or _SENDING in line), "")
-    if _TAKEN not in last or any(command_name(process) == _CLIENT_APP for process in of_home(home)):
+    if _TAKEN not in last or any(command_name(process) == COMMAND for process in of_home(home)):
         return ""
     return "it has taken a message, but no ClientApp works on it"
 
