@@ -186,8 +186,8 @@ def _become(job: dict[str, Any], files: list[int], command: Callable[[], Any]) -
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-        for number, file in enumerate(files):
-            os.dup2(file, number)
+        for standard, file in enumerate(files):
+            os.dup2(file, standard)
             os.close(file)
         os.environ.clear()
         os.environ.update(job["environment"])
