@@ -125,8 +125,8 @@ class Launcher:
         pid = os.fork()
         if pid == 0:
             self._selector.close()
-            self._listener.close()
-            connection.close()
+            for mine in (self._listener, connection, *(other.connection for other in self._children)):
+                mine.close()  # else nobody would see that the launcher has closed them
             _become(job, files, self._command)
         for file in files:
             os.close(file)
@@ -137,6 +137,8 @@ class Launcher:
 
     def _told(self, child: Child) -> None:
         """Pass a signal on; a connection that has ended means that nobody wants the child any more."""
+        if child not in self._children:  # it ended in the same moment
+            return
         try:
             number = child.connection.recv(1)
         except OSError:
@@ -151,6 +153,8 @@ class Launcher:
         self._ended(child)
 
     def _ended(self, child: Child) -> None:
+        if child not in self._children:  # it was killed in the same moment
+            return
         _, status = os.waitpid(child.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         self._selector.unregister(child.handle)

@@ -134,6 +134,27 @@ def test_a_child_ends_with_its_program(server, program):
     assert call(program, "exit", "0").returncode == 0
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_both_may_end_in_the_same_moment(server, program, order):
+    process, child = start(program)
+    server.send_signal(signal.SIGSTOP)
+    for one in (process, child)[::order]:
+        one.kill()
+    process.wait()
+    server.send_signal(signal.SIGCONT)
+    assert call(program, "exit", "4").returncode == 4
+    wait_for(lambda: gone(child))
+
+
+def test_a_program_ends_with_the_launcher_though_another_child_lives(server, program):
+    first, one = start(program)
+    second, other = start(program)
+    server.kill()
+    assert (first.wait(30), second.wait(30)) == (1, 1)
+    one.kill()
+    other.kill()
+
+
 def test_a_program_ends_with_the_launcher(server, program):
     process, child = start(program)
     server.kill()
