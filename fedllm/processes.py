@@ -63,12 +63,12 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def command_name(process: psutil.Process) -> str:
-    """Name of the installed command that a process runs, behind its interpreter."""
+    """Name of the installed command that a process runs, behind its interpreter and that one's options."""
     try:
         arguments = process.cmdline()
     except psutil.Error:
         return ""
-    return Path(arguments[1]).name if len(arguments) > 1 else ""
+    return Path(next((word for word in arguments[1:] if not word.startswith("-")), "")).name
 
 
 @contextlib.contextmanager

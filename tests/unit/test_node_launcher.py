@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from fedllm.node.launcher import COMMAND, write_command
+from fedllm.node.supernode import stuck
+from fedllm.processes import command_name
 
 SERVER = """
 import json, os, sys, time, threading
@@ -123,6 +125,23 @@ def test_signals_reach_the_child_and_its_end_the_program(server, program):
     process, child = start(program)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
+    wait_for(lambda: gone(child))
+
+
+def test_the_supervisor_sees_that_a_client_app_works(server, program, tmp_path):
+    """Else it would take the SuperNode for stuck, and start it anew in the middle of a long training."""
+    taken = ["INFO : Received successfully"]
+    home = tmp_path / "home"
+    assert stuck(taken, home) == "it has taken a message, but no ClientApp works on it"
+    process = subprocess.Popen(
+        [program, "sleep"], stdout=subprocess.PIPE, text=True, env={**os.environ, "FLWR_HOME": str(home)}
+    )
+    child = psutil.Process(int(process.stdout.readline()))
+    assert command_name(psutil.Process(process.pid)) == COMMAND
+    assert stuck(taken, home) == ""
+    process.kill()
+    process.wait()
+    assert stuck(taken, home) != ""
     wait_for(lambda: gone(child))
 
 
