@@ -12,8 +12,8 @@ Hessian product, counted as the second one; local methods take two full-batch st
 FedAvg, FedProx, SCAFFOLD and the hybrid with several local epochs stand apart: an epoch is a pass over the client's
 examples, but a gradient for every minibatch.
 
-Seconds are those of this process and compare methods of one kind only: those that need nothing but the mean gradient
-are given all examples at once, whatever the number of clients, and local methods run client after client.
+Seconds are processor time of one thread, and compare methods of one kind only: those that need nothing but the mean
+gradient are given all examples at once, whatever the number of clients, and local methods run client after client.
 
 What is finished stands in ``--cache``, one file for each (network, clients, method); an interrupted run goes on there.
 ``--methods`` runs some methods; the report covers them and whatever else the cache holds, and names what it covers.
@@ -61,7 +61,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """Rounds to the targets (None: not reached), and seconds of a round without its evaluation."""
+    """Rounds to the targets (None: not reached), and processor seconds of a round without its evaluation."""
 
     to_accuracy: int | None
     to_loss: int | None
@@ -98,9 +98,9 @@ def play(
     reached: dict[str, int] = {}
     seconds, top, number = 0.0, 0.0, 0
     for number in range(1, setting.rounds + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         w = step(problem, w, number)
-        seconds += time.perf_counter() - started
+        seconds += time.process_time() - started
         loss, accuracy = model.evaluate(w, digits.test_x, digits.test_y)
         top = max(top, accuracy)
         if accuracy >= setting.accuracy:

@@ -23,7 +23,7 @@ from fedllm.lora.spec import ModelSpec
 from fedllm.model_sources import quiet_transformers, resolve_model
 from fedllm.model_spec import kept_attention, model_spec
 from fedllm.narration import format_bytes
-from fedllm.planned import base_bits
+from fedllm.planned import base_bits, compute_bytes
 
 _UNITS = {"": 1.0, "B": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
@@ -101,7 +101,7 @@ def advise(
         ModelError: the model is not there, or has no list of blocks.
     """
     spec, attention = _spec(model, task, labels)
-    memory = MemoryModel(attention=attention, quantized_compute=4 if model.dtype == "float32" else 2)
+    memory = MemoryModel(attention=attention, quantized_compute=compute_bytes(model))
     ends = tuple(f".{end.strip()}" for end in targets.split(",")) if targets else ("",)
     ranks = {weight.name: rank for weight in spec.weights if weight.name.endswith(ends)}
     shape = StepShape(ranks, base_bits(model), batch, length)

@@ -98,6 +98,11 @@ def base_bits(model: ModelConfig) -> Bits:
     return 32 if model.dtype == "float32" else 16
 
 
+def compute_bytes(model: ModelConfig) -> int:
+    """Bytes of the dtype in which 8-bit and 4-bit weights compute, see :class:`fedllm.lora.memory.MemoryModel`."""
+    return 4 if model.dtype == "float32" else 2
+
+
 def _whole(record: Mapping[str, Any], key: str, least: int) -> int:
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

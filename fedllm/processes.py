@@ -36,7 +36,7 @@ def of_home(home: Path) -> list[psutil.Process]:
             if process.environ().get(FLOWER_HOME) == str(home):
                 found |= {entry.pid: entry for entry in [process, *process.children(recursive=True)]}
     found.pop(os.getpid(), None)
-    return [process for process in found.values() if _alive(process)]
+    return [process for process in found.values() if alive(process)]
 
 
 def end_all(home: Path) -> None:
@@ -55,9 +55,10 @@ def clean_up(home: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _alive(process: psutil.Process) -> bool:
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs: it has neither ended, nor left its number to another one."""
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -1,9 +1,10 @@
-"""A Flower grid in memory whose clients are plain functions, with delays, failures and disconnections."""
+"""A Flower grid in memory whose clients are plain functions, with delays and failures; an event sink."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -114,3 +115,19 @@ def initial_arrays() -> ArrayRecord:
     return encode(
         {"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.zeros(4, 2), "bias": torch.zeros(5)}
     )
+
+
+class Recorder:
+    """An event sink that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket as stream
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,11 +78,28 @@ def bind(server: grpc.Server, socket: Path) -> None:
     Raises:
         WorkerError: the system does not let it.
     """
-    umask = os.umask(0o177)  # there is no moment in which others could open it
     try:
-        server.add_insecure_port(address(socket))
+        with _for_this_user():
+            server.add_insecure_port(address(socket))
     except RuntimeError as error:
         raise WorkerError(f"the worker cannot listen on {socket}: {error}") from error
+
+
+def listen(socket: Path) -> stream.socket:
+    """Listen on an owned socket without gRPC; only this user can open it."""
+    listener = stream.socket(stream.AF_UNIX)
+    with _for_this_user():
+        listener.bind(str(socket))
+    listener.listen()
+    return listener
+
+
+@contextmanager
+def _for_this_user() -> Iterator[None]:
+    """Sockets that are made inside have mode 0600: there is no moment in which others could open them."""
+    umask = os.umask(0o177)
+    try:
+        yield
     finally:
         os.umask(umask)
 

@@ -28,7 +28,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from fedllm.node.endpoint import owned
+from fedllm.node.endpoint import listen, owned
 
 COMMAND = "flwr-clientapp"
 READY = "ready to start ClientApps"
@@ -121,7 +121,6 @@ class Launcher:
         except (OSError, ValueError):  # the program has ended, or somebody else knocked
             connection.close()
             return
-        gc.freeze()
         pid = os.fork()
         if pid == 0:
             self._selector.close()
@@ -224,18 +223,6 @@ def _loaded(name: str) -> Callable[[], Any]:
     return command
 
 
-def _listen(address: Path) -> socket.socket:
-    """A Unix socket with mode 0600."""
-    listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(address))
-    finally:
-        os.umask(before)
-    listener.listen(16)
-    return listener
-
-
 def main() -> None:
     """Run a launcher."""
     parser = argparse.ArgumentParser(
@@ -245,7 +232,8 @@ def main() -> None:
     options = parser.parse_args()
     command = _loaded(COMMAND)
     import_module("fedllm.client_app")
-    with owned(options.socket), _listen(options.socket) as listener:
+    gc.freeze()  # a child that collects garbage would copy the pages of all that is imported
+    with owned(options.socket), listen(options.socket) as listener:
         launcher = Launcher(listener, command)
         signal.signal(signal.SIGTERM, lambda number, frame: launcher.stop())
         print(READY, flush=True)

@@ -125,6 +125,11 @@ class NodeSettings(Section):
         """Unix socket of the resident worker."""
         return self.state / "worker.sock"
 
+    @property
+    def launcher_socket(self) -> Path:
+        """Unix socket of the launcher."""
+        return self.state / "launcher.sock"
+
     def node_config(self) -> dict[str, str | int | float]:
         """What Flower is told as ``--node-config``."""
         told: dict[str, str | int | float | None] = {
@@ -182,12 +187,12 @@ def read_node(path: Path) -> NodeSettings:
     """
     settings = _read(path, NodeSettings)
     _need_files(path, settings, ("root_certificates", "private_key", "data_file"))
-    length = len(str(settings.socket).encode())
-    if settings.worker and length > _SOCKET_LENGTH:
-        raise ConfigError(
-            f"{path}: state: the socket {settings.socket} has {length} bytes, but Linux allows {_SOCKET_LENGTH}; "
-            "choose a shorter folder"
-        )
+    for socket in (settings.socket, settings.launcher_socket) if settings.worker else ():
+        if (length := len(str(socket).encode())) > _SOCKET_LENGTH:
+            raise ConfigError(
+                f"{path}: state: the socket {socket} has {length} bytes, but Linux allows {_SOCKET_LENGTH}; "
+                "choose a shorter folder"
+            )
     return settings
 
 

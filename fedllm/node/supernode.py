@@ -84,8 +84,8 @@ def worker_part(settings: NodeSettings) -> Part:
 
 def launcher_part(settings: NodeSettings) -> Part:
     """What starts the SuperNode's ClientApps; without a resident worker they load so much that a fork gains little."""
-    home, address = settings.state / "home" / LAUNCHER, settings.state / "launcher.sock"
-    command = [sys.executable, "-m", "fedllm.node.launcher", "--socket", str(address)]
+    home = settings.state / "home" / LAUNCHER
+    command = [sys.executable, "-m", "fedllm.node.launcher", "--socket", str(settings.launcher_socket)]
     return Part(
         LAUNCHER,
         lambda: command,
@@ -105,7 +105,7 @@ def supernode_part(settings: NodeSettings) -> Part:
 
     def command() -> list[str]:
         if settings.worker:
-            write_command(commands, settings.state / "launcher.sock", executable(COMMAND))
+            write_command(commands, settings.launcher_socket, executable(COMMAND))
         told = settings.state / "node-config.toml"
         told.write_text(tomli_w.dumps(settings.node_config()), encoding="utf-8")
         line = [

@@ -25,7 +25,7 @@ from fedllm.lora.memory import MemoryModel
 from fedllm.lora.plans import NodePlan, PlanOptions, ranks_up_to
 from fedllm.lora.timing import TimeModel
 from fedllm.nodes import NodeInfo, name_of
-from fedllm.planned import Bits, Planned
+from fedllm.planned import Bits, Planned, compute_bytes
 from fedllm.records import ASK_IMPORTANCE, IMPORTANCE, encode
 from fedllm.resources import MEMORY
 from fedllm.strategy import BaseStrategy
@@ -160,7 +160,7 @@ class FedPipe(BaseStrategy):
                 attention=kept_attention(model, device),
                 checkpointing=checkpointing,
                 adapter_dropout=config.lora.dropout > 0,
-                quantized_compute=4 if config.model.dtype == "float32" else 2,
+                quantized_compute=compute_bytes(config.model),
             ),
             time=TimeModel(checkpointing=checkpointing),
         )

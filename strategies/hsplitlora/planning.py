@@ -12,7 +12,7 @@ from fedllm.config import RunConfig
 from fedllm.lora.memory import MemoryModel
 from fedllm.lora.plans import PlanOptions, ranks_up_to
 from fedllm.lora.spec import ModelSpec
-from fedllm.planned import base_bits
+from fedllm.planned import base_bits, compute_bytes
 
 if TYPE_CHECKING:
     from fedllm.models import ModelBundle
@@ -49,7 +49,7 @@ def planning_of(
             attention=kept_attention(bundle.model.config, bundle.device),
             adapter_dropout=config.lora.dropout > 0,
             keeps_outputs=True,
-            quantized_compute=4 if config.model.dtype == "float32" else 2,
+            quantized_compute=compute_bytes(config.model),
             activation_scale=_ALLOCATOR_WASTE,
             workspace_bytes=_TOKENIZER_BYTES * len(bundle.tokenizer),
         ),

@@ -16,7 +16,7 @@ from fedllm.lora.memory import MemoryModel
 from fedllm.lora.modes import Mode, Rung, StepShape, mode_memory
 from fedllm.narration import format_bytes
 from fedllm.nodes import NodeInfo
-from fedllm.planned import base_bits
+from fedllm.planned import base_bits, compute_bytes
 from fedllm.resources import GRADIENT_MODE, MEMORY
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Ladder:
         memory = MemoryModel(
             attention=kept_attention(base.config, bundle.device),
             adapter_dropout=config.lora.dropout > 0,
-            quantized_compute=4 if model.dtype == "float32" else 2,
+            quantized_compute=compute_bytes(model),
         )
         for mode in self._modes:
             own, batch = config.plugins.get(mode, {}), config.train.batch_size

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file
@@ -16,9 +17,12 @@ from fedllm.errors import WorkerError
 from fedllm.node.federation import Federation
 from fedllm.node.health import ask
 from fedllm.superlink import free_port
+from tests import waiting
 from tests.e2e.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+
+wait_for = partial(waiting.wait_for, seconds=600)
 
 CONFIG = """
 strategy = "fedavg"
@@ -172,14 +176,6 @@ def of(run, name):
 
 def drops(run):
     return [(event["round"], event["node"]) for event in of(run, "node-dropped") if event["phase"] == "train"]
-
-
-def wait_for(condition, seconds=600):
-    ends = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends, "waited too long"
-        time.sleep(0.1)
-    return value
 
 
 def training(node):

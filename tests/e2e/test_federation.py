@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,9 +17,12 @@ from fedllm.flower import SuperLinkError
 from fedllm.node import certs
 from fedllm.node.federation import Federation
 from fedllm.node.member import Member
+from tests import waiting
 from tests.e2e.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+
+wait_for = partial(waiting.wait_for, seconds=300)
 
 CONFIG = """
 strategy = "fedavg"
@@ -105,14 +108,6 @@ def fedllm(*arguments, cwd, timeout=900, **environment):
         timeout=timeout,
         check=False,
     )
-
-
-def wait_for(condition, seconds=300):
-    ends = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends, "waited too long"
-        time.sleep(0.5)
-    return value
 
 
 @pytest.mark.parametrize("config", [CONFIG, MINILM], ids=["tiny", "minilm"])

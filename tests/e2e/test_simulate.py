@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 
 import psutil
 import pytest
+
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -130,14 +131,6 @@ def flower_home(process):
         ):
             return home
     return None
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
-    return value
 
 
 def test_a_run_that_finishes_exits_with_0(start, tmp_path):

@@ -1,20 +1,15 @@
 """The memory benchmark on a small shape: its keys, and orders that must hold whatever the model is."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmark_scripts import load
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import client_memory
-
-    return client_memory
+    return load("client_memory", monkeypatch)
 
 
 def test_keys_and_orders(benchmark):

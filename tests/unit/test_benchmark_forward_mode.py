@@ -1,15 +1,13 @@
 """The benchmark of gradient modes: its driver on a tiny model, its figures from given outcomes."""
 
-import random
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
 from fedllm import client
+from tests.benchmark_scripts import load, write_texts
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KEYS = {
     "spry_accuracy",
     "spry_paper_accuracy",
@@ -21,23 +19,13 @@ KEYS = {
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import forward_mode
-
-    return forward_mode
+    return load("forward_mode", monkeypatch)
 
 
 @pytest.fixture
 def data(tmp_path):
     """A csv with as many rows as a hundred clients need."""
-    chooser = random.Random(0)
-    rows = [
-        f"{chooser.choice(['up', 'down'])} {chooser.randrange(10)},{chooser.choice('abcd')}"
-        for _ in range(2500)
-    ]
-    for name, lines in (("train.csv", rows), ("test.csv", rows[:40])):
-        (tmp_path / name).write_text("text,label\n" + "\n".join(lines) + "\n")
-    return tmp_path
+    return write_texts(tmp_path, 2500, 40)
 
 
 def test_every_method_runs_on_the_clients_of_a_flower_app(benchmark, data, monkeypatch):

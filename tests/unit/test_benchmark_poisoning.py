@@ -2,11 +2,11 @@
 
 import argparse
 import itertools
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmark_scripts import BENCHMARKS, load
+
 ISSUE_KEYS = {
     "vert_worst_gap_to_oracle_at_80",
     "vert_loss_without_attack",
@@ -17,10 +17,7 @@ ISSUE_KEYS = {
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import poisoning
-
-    return poisoning
+    return load("poisoning", monkeypatch)
 
 
 @pytest.fixture

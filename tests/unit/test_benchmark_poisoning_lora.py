@@ -1,34 +1,21 @@
 """The attack bench on adapters: its runs on a tiny model, its figures from given outcomes."""
 
-import random
 import sys
-from pathlib import Path
 
 import pytest
 
 from fedllm import client
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmark_scripts import load, write_texts
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import poisoning_lora
-
-    return poisoning_lora
+    return load("poisoning_lora", monkeypatch)
 
 
 @pytest.fixture
 def data(tmp_path):
-    chooser = random.Random(0)
-    rows = [
-        f"{chooser.choice(['up', 'down'])} {chooser.randrange(10)},{chooser.choice('abcd')}"
-        for _ in range(120)
-    ]
-    for name, lines in (("train.csv", rows), ("test.csv", rows[:20])):
-        (tmp_path / name).write_text("text,label\n" + "\n".join(lines) + "\n")
-    return tmp_path
+    return write_texts(tmp_path, 120, 20)
 
 
 @pytest.fixture

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+from functools import partial
 
 import psutil
 import pytest
 
 from fedllm.node.launcher import COMMAND, write_command
 from fedllm.node.supernode import stuck
-from fedllm.processes import command_name
+from fedllm.processes import alive, command_name
+from tests import waiting
+
+wait_for = partial(waiting.wait_for, seconds=30)
 
 SERVER = """
 import json, os, sys, time, threading
@@ -37,19 +40,11 @@ def command():
         time.sleep(60)
 
 path = Path(sys.argv[1])
-with launcher.owned(path), launcher._listen(path) as listener:
+with launcher.owned(path), launcher.listen(path) as listener:
     assert path.stat().st_mode & 0o777 == 0o600
     print("ready", flush=True)
     launcher.Launcher(listener, command).run()
 """
-
-
-def wait_for(condition, seconds=30):
-    ends = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends, "waited too long"
-        time.sleep(0.02)
-    return value
 
 
 @pytest.fixture
@@ -117,15 +112,11 @@ def start(program):
     return process, psutil.Process(int(process.stdout.readline()))
 
 
-def gone(process):
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
 def test_signals_reach_the_child_and_its_end_the_program(server, program):
     process, child = start(program)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
-    wait_for(lambda: gone(child))
+    wait_for(lambda: not alive(child))
 
 
 def test_the_supervisor_sees_that_a_client_app_works(server, program, tmp_path):
@@ -142,14 +133,14 @@ def test_the_supervisor_sees_that_a_client_app_works(server, program, tmp_path):
     process.kill()
     process.wait()
     assert stuck(taken, home) != ""
-    wait_for(lambda: gone(child))
+    wait_for(lambda: not alive(child))
 
 
 def test_a_child_ends_with_its_program(server, program):
     process, child = start(program)
     process.kill()
     process.wait()
-    wait_for(lambda: gone(child))
+    wait_for(lambda: not alive(child))
     assert call(program, "exit", "0").returncode == 0
 
 
@@ -162,7 +153,7 @@ def test_both_may_end_in_the_same_moment(server, program, order):
     process.wait()
     server.send_signal(signal.SIGCONT)
     assert call(program, "exit", "4").returncode == 4
-    wait_for(lambda: gone(child))
+    wait_for(lambda: not alive(child))
 
 
 def test_a_program_ends_with_the_launcher_though_another_child_lives(server, program):
@@ -187,7 +178,7 @@ def test_two_at_once(server, program):
     assert first.poll() is None
     first.kill()
     first.wait()
-    wait_for(lambda: gone(child))
+    wait_for(lambda: not alive(child))
 
 
 def test_a_stranger_who_says_nothing_useful_does_no_harm(server, program, tmp_path):

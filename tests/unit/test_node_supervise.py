@@ -14,14 +14,7 @@ from fedllm.node.logs import PartLog, reason_in
 from fedllm.node.supernode import stuck
 from fedllm.node.supervise import Backoff, Part, Supervisor, SupervisorError, read_status
 from fedllm.processes import of_home
-
-
-def wait_for(condition, seconds=60):
-    ends = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends, "waited too long"
-        time.sleep(0.05)
-    return value
+from tests.waiting import wait_for
 
 
 @pytest.fixture

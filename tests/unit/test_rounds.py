@@ -24,24 +24,10 @@ from fedllm.exchange import LoopOptions
 from fedllm.packing import PACKED, pack, unpack
 from fedllm.records import decode, encode
 from fedllm.rounds import run_rounds
-from tests.fakes import FakeGrid, drift, drifting_client, initial_arrays, reply_with
+from tests.fakes import FakeGrid, Recorder, drift, drifting_client, initial_arrays, reply_with
 
 NAMES = {11: "2", 7: "0", 23: "10", 5: "1", 42: "3"}
 FAST = LoopOptions(min_nodes=1, node_timeout=5, poll_interval=0.001)
-
-
-class Recorder:
-    def __init__(self):
-        self.events = []
-
-    def emit(self, event):
-        self.events.append(event)
-
-    def close(self):
-        pass
-
-    def of(self, kind):
-        return [event for event in self.events if event["event"] == kind]
 
 
 def run(strategy=None, client=drifting_client, rounds=2, options=FAST, grid=None, **kwargs):

@@ -15,21 +15,8 @@ from fedllm.curvature import gradient_and_hvp
 from fedllm.errors import NonFiniteLossError, RoundError
 from fedllm.events import EventBus
 from fedllm.records import LOSS_NOT_FINITE, decode, encode
+from tests.fakes import Recorder
 from tests.unit.test_second_order_strategies import NODES, START, loss_at, pooled, run, second_order_client
-
-
-class Recorder:
-    def __init__(self):
-        self.events = []
-
-    def emit(self, event):
-        self.events.append(event)
-
-    def close(self):
-        pass
-
-    def of(self, name):
-        return [event for event in self.events if event["event"] == name]
 
 
 def told(message, node):

@@ -19,7 +19,7 @@ from fedllm.errors import ConfigError, RegistryError
 from fedllm.events import EventBus, JsonlSink
 from fedllm.flower import RunStatus, SuperLinkError, tail
 from fedllm.history import RunHistory
-from fedllm.processes import clean_up, of_home
+from fedllm.processes import alive, clean_up, of_home
 from fedllm.simulate import federation_config, placement, prepare
 from fedllm.superlink import PrivateSuperLink
 from fedllm.watch import Display, Outcome, last_traceback
@@ -460,20 +460,20 @@ def test_a_signal_cleans_up(commands, tmp_path):
 def test_clean_up_finds_helpers_that_have_lost_their_parent(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
-    orphan = (
+    starter = (
         "import subprocess, sys\n"
         "sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
         "print(subprocess.Popen(sleeper, stdout=subprocess.DEVNULL, start_new_session=True).pid)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", orphan],
+        [sys.executable, "-c", starter],
         env={**os.environ, "FLWR_HOME": str(home)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    pid = int(result.stdout)
-    assert [process.pid for process in of_home(home)] == [pid]
+    orphan = psutil.Process(int(result.stdout))
+    assert of_home(home) == [orphan]
     clean_up(home)
     assert not home.exists()
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not alive(orphan)
