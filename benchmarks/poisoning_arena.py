@@ -55,14 +55,21 @@ class Arena:
         self.hostile[torch.randperm(clients, generator=generator)[: round(clients * share)]] = True
         self._gradients = vmap(grad(self.model.loss))
 
-    def train(self, weights: Tensor, server_round: int, poison: str = "") -> tuple[Tensor, Tensor]:
-        """Updates ``[n, d]`` of all clients and the trusted one ``[d]``; hostile clients' data may be poisoned."""
+    def train(
+        self, weights: Tensor, server_round: int, poison: str = "", all_clients: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Updates ``[n, d]`` of all clients and the trusted one ``[d]``; hostile clients' data may be poisoned.
+
+        Hostile clients' rows are zero unless ``all_clients`` train. What the others draw does not depend on it.
+        """
         generator = torch.Generator().manual_seed(derive_seed(self.seed, server_round, "batches"))
-        vectors = weights.expand(self.n + 1, -1)
+        training = [*(~self.hostile | all_clients).tolist(), True]
+        vectors = weights.expand(sum(training), -1)
         for _ in range(STEPS):
             drawn = [torch.randint(len(c.y), (BATCH,), generator=generator) for c in self.data]
-            x = torch.stack([c.x[rows] for c, rows in zip(self.data, drawn, strict=True)])
-            y = torch.stack([c.y[rows] for c, rows in zip(self.data, drawn, strict=True)])
+            chosen = [(c, rows) for c, rows, trains in zip(self.data, drawn, training, strict=True) if trains]
+            x = torch.stack([client.x[rows] for client, rows in chosen])
+            y = torch.stack([client.y[rows] for client, rows in chosen])
             if poison == "label-flip":
                 y[: self.n][self.hostile] = 9 - y[: self.n][self.hostile]
             elif poison == "backdoor":
@@ -70,7 +77,8 @@ class Arena:
                     x[row, : BATCH // 2, :, :TRIGGER, :TRIGGER] = x.max()
                     y[row, : BATCH // 2] = TARGET
             vectors = vectors - RATE * self._gradients(vectors, x, y)
-        updates = vectors - weights
+        updates = torch.zeros(self.n + 1, len(weights))
+        updates[torch.tensor(training)] = vectors - weights
         return updates[: self.n], updates[self.n]
 
     def accuracy(self, weights: Tensor) -> float:
@@ -107,6 +115,8 @@ FORGED: Mapping[str, Forge] = {
     "mimic": lambda honest, own, g: colluding.mimic(honest).expand_as(own),
 }
 POISONED = ("label-flip", "backdoor")
+TRAINING = ("sign-flip", "scaling", "scaled-flip", "gaussian", "adaptive", *POISONED)
+"""Attacks that start from what the attackers' own data teach; for all others they need not train."""
 ATTACKS = ("none", *FORGED, "replay", *POISONED, "adaptive")
 
 
@@ -167,7 +177,7 @@ def play(arena: Arena, attack: str, defence: Defence, rounds: int, onset: int) -
     for server_round in range(1, rounds + 1):
         attacking = server_round > onset and attack != "none"
         poison = attack if attacking and attack in POISONED else ""
-        updates, root = arena.train(weights, server_round, poison)
+        updates, root = arena.train(weights, server_round, poison, not attacking or attack in TRAINING)
         if not attacking:
             remembered = updates.clone()
         elif bool(arena.hostile.any()):

@@ -26,10 +26,7 @@ def trimmed_mean(updates: Tensor, f: int) -> Tensor:
 
 def krum_scores(updates: Tensor, f: int) -> Tensor:
     """Krum scores ``[n]``: squared distances to the n − f − 2 nearest others (Blanchard et al., NeurIPS 2017)."""
-    distances = squared_distances(updates)
-    neighbours = max(1, len(updates) - f - 2)
-    # The distance to itself, 0, is the smallest of each row.
-    return distances.sort(1).values[:, 1 : neighbours + 1].sum(1)
+    return _scores(squared_distances(updates), f)
 
 
 def krum_weights(updates: Tensor, f: int) -> Tensor:
@@ -46,10 +43,9 @@ def bulyan(updates: Tensor, f: int) -> Tensor:
     """Krum n − 2f times, then the mean of the β = n − 4f values nearest to the median (El Mhamdi et al., ICML 2018)."""
     n = len(updates)
     f = min(f, (n - 3) // 4) if n >= 3 else 0
-    left = list(range(n))
-    chosen = []
+    distances, left, chosen = squared_distances(updates), list(range(n)), list[int]()
     for _ in range(n - 2 * f):
-        scores = krum_scores(updates[left], f) if len(left) > 1 else torch.zeros(1)
+        scores = _scores(distances[left][:, left], f) if len(left) > 1 else torch.zeros(1)
         chosen.append(left.pop(int(scores.argmin())))
     rows = updates[chosen]
     nearest = (rows - median(rows)).abs().argsort(0)[: max(1, n - 4 * f)]
@@ -111,9 +107,10 @@ def dnc_weights(
     good = torch.ones(n, dtype=torch.bool)
     for _ in range(rounds):
         columns = torch.randperm(d, generator=generator)[: min(sample, d)]
-        centred = updates[:, columns] - updates[:, columns].mean(0)
-        vectors = torch.linalg.svd(centred, full_matrices=False).Vh
-        scores = (centred @ vectors[0]) ** 2
+        centred = (updates[:, columns] - updates[:, columns].mean(0)).double()
+        # Projections on the top right singular vector are the top left one times its singular value.
+        values, vectors = torch.linalg.eigh(centred @ centred.T)
+        scores = values[-1] * vectors[:, -1] ** 2
         good &= _chosen(scores, max(1, n - round(c * f))) > 0
     if not bool(good.any()):
         return torch.zeros(n)
@@ -122,8 +119,10 @@ def dnc_weights(
 
 def nnm(updates: Tensor, f: int) -> Tensor:
     """Nearest-neighbour mixing: each row becomes the mean of its n − f nearest, itself included (AISTATS 2023)."""
-    nearest = squared_distances(updates).argsort(dim=1, stable=True)[:, : max(1, len(updates) - f)]
-    return torch.stack([updates[rows].mean(0) for rows in nearest])
+    count = max(1, len(updates) - f)
+    nearest = squared_distances(updates).argsort(dim=1, stable=True)[:, :count]
+    mixing = updates.new_zeros(len(updates), len(updates)).scatter_(1, nearest, 1 / count)
+    return mixing @ updates
 
 
 def fltrust_weights(updates: Tensor, norms: Tensor, root: Tensor, root_norm: float) -> Tensor:
@@ -151,6 +150,12 @@ def squared_distances(updates: Tensor) -> Tensor:
     norms = gram.diagonal().clone()
     distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min_(0)
     return distances.fill_diagonal_(0)
+
+
+def _scores(distances: Tensor, f: int) -> Tensor:
+    """Krum scores of squared distances ``[n, n]``; to itself, 0, is the smallest of each row."""
+    neighbours = max(1, len(distances) - f - 2)
+    return distances.sort(1).values[:, 1 : neighbours + 1].sum(1)
 
 
 def _chosen(scores: Tensor, count: int) -> Tensor:

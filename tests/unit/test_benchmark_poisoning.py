@@ -297,6 +297,24 @@ def test_attackers_of_a_game(bench, arena):
     assert (flipped.hostile_by_round, flipped.queries) == ((0.0,), 0)
 
 
+def test_attackers_train_only_where_that_matters(bench, arena):
+    import torch
+    from poisoning_arena import FORGED, TRAINING
+
+    weights, hostile = arena.model.initial, arena.hostile
+    (some, root), (everybody, same) = (arena.train(weights, 3, all_clients=all_) for all_ in (False, True))
+    assert not some[hostile].any()
+    assert everybody[hostile].any(dim=1).all()
+    assert torch.allclose(some[~hostile], everybody[~hostile], atol=1e-6)
+    assert torch.allclose(root, same, atol=1e-6)
+    for attack in FORGED:
+        sent = [
+            FORGED[attack](everybody[~hostile], own, torch.Generator().manual_seed(0))
+            for own in (everybody[hostile], some[hostile])
+        ]
+        assert torch.equal(*sent) == (attack not in TRAINING), attack
+
+
 def test_the_oracle_is_the_same_whatever_the_attack(bench, arena):
     from poisoning_arena import play
 
