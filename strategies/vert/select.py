@@ -12,9 +12,9 @@ twin    largest cosine to another reply of the round                           t
 ======  =====================================================================  =================
 
 Size and twin find what a direction alone cannot: an honest mean that was shrunk (Min-Max), colluders that all send one
-vector inside the honest spread (ALIE); exact copies go in any case. A score that is too high is a replay. The levels
-move with training, for instance because gradients shrink; a tolerance for that is part of the yardstick, and it is what
-an adaptive attacker can use.
+vector inside the honest spread (ALIE); of exact copies all go but the original, if one is told by its history. A score
+that is too high is a replay. The levels move with training, for instance because gradients shrink; a tolerance for that
+is part of the yardstick, and it is what an adaptive attacker can use.
 
 Where noise dominates, honest scores scatter around a small level and the yardstick alone would admit noise. A count
 decides then: if many more replies lie below half of the level than honest scatter explains, an attack is on, and all of
@@ -39,8 +39,8 @@ _SIGMAS = 4.0
 _BLEND = 0.5
 _ROOT_SIZE = math.log(4)
 _COHORT, _SHIFT = 3, math.log(2)
-_ORIGINAL = 0.15
-"""How much better than its copies an original is predicted."""
+_ORIGINAL = 0.02
+"""How much better than all of its copies an original is predicted at least; a lost original is a lost client."""
 
 
 class Yardstick:
@@ -144,8 +144,8 @@ def against_root(features: Tensor, root_norm: float) -> Tensor:
 def twins(directions: Tensor, scores: Tensor) -> Tensor:
     """Largest cosine of each direction ``[n, q]`` to another one, ``[n]``; 0 for a lone reply.
 
-    Of replies that are copies of one vector, the one whose own history predicts it far better than that of any other is
-    taken for the original, and the copies do not count against it.
+    Of replies that are copies of one vector, the one whose own history predicts it better than that of any other is
+    taken for the original, and the copies do not count against it: of a vector that many send, one at most is kept.
     """
     if len(directions) < 2:
         return torch.zeros(len(directions))

@@ -8,6 +8,7 @@ import torch
 from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.vert.detector import Detector
 from fedllm.strategies.vert.predict import Ladder
+from fedllm.strategies.vert.select import twins
 from fedllm.strategies.vert.sketch import Sketch
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ConfigRecord
@@ -523,3 +524,10 @@ def test_two_nodes_with_one_identity_are_not_taken_for_one_client():
         strategy, FakeGrid(names, client(), names=names), initial_arrays(), 2, options=options, events=bus
     )
     assert [set(verdict["kept"]) for verdict in told.of("verdict")] == [{"a", "b", "c", "d"}] * 2
+
+
+@pytest.mark.parametrize(("scores", "original"), [((0.4, 0.3, 0.35, 0.5), 0), ((0.4, 0.4, 0.3, 0.5), None)])
+def test_of_copies_the_one_that_its_own_history_predicts_is_the_original(scores, original):
+    directions = torch.eye(3)[[0, 0, 0, 1]]
+    found = twins(directions, torch.tensor(scores))
+    assert found.tolist() == [0.0 if index in (original, 3) else 1.0 for index in range(4)]
