@@ -3,12 +3,15 @@
 Ten clients (Dirichlet 0.5), all in every round, on the library's own client updates and server steps, in one process.
 *Equal client compute* is the number of examples that a client sends forward and backward in a round, ``--passes``: a
 gradient on that many rows (FedAdam, SOFIM), a gradient and a Hessian product on half as many rows (FAGH, the product
-counted like a gradient), or local AdamW steps on batches of 16 (FedAdam on adapters). The rows of a round follow from
-(seed, round, client), the same ones for every method; a client's weight is the number of rows that it holds.
+counted like a gradient), local AdamW steps on batches of 16 (FedAdam on adapters), or a gradient, a product and local
+SGD steps on a third of the rows (the hybrid, ``fagh-opt``). The rows of a round follow from (seed, round, client), the
+same ones for every method; a client's weight is the number of rows that it holds.
 
-Rows change from round to round, so FAGH runs without secant pairs and with fixed damping: both compare rounds.
+``fagh_default`` is FAGH as ``strategy = "fagh"`` has it. Its secant pairs and its damping compare rounds, in which
+other rows take part; ``fagh`` and ``fagh_opt`` do without both.
+
 Each method tries the same number of settings of its step size on a seed of its own. What is finished stands in
-``--cache``.
+``--cache``, one file for each method, whose identity is the configuration and the code that the method runs.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from code_identity import code_identity
 from fedllm.clients.backprop import Backprop
-from fedllm.clients.second_order import FullGradient, GradientAndHessianRow
+from fedllm.clients.second_order import BackpropAndHessianRow, FullGradient, GradientAndHessianRow
 from fedllm.strategies.second_order.optimizer import flatten, moved, unflatten
 from fedllm.strategies.second_order.rank_k import Fagh
 from fedllm.strategies.second_order.updates import Sofim
@@ -41,44 +46,77 @@ from fedllm.update import ClientUpdate, TrainJob
 
 HERE = Path(__file__).resolve().parent
 CLIENTS, BATCH = 10, 16
+PACKAGES = ("fedllm.strategies.second_order", "fedllm.clients", "fedllm.curvature", "fedllm.batches")
 State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A client update, how many gradients it takes of a row, and the server's step for a step size."""
+    """A client update, how many gradients it takes of a row, and the server's step for a step size.
+
+    Attributes:
+        title: in the table.
+        build: makes the client update.
+        gradients_per_row: gradients, and Hessian products, that it takes of a row.
+        rates: step sizes that are tried.
+        server: makes the update of a run.
+        sends_adapters: whether replies are adapters; their moves are read as gradients, against the way they go.
+        local_rate: of the clients' SGD; moves are divided by it times the steps. 0: the configuration's, not divided.
+    """
 
     title: str
-    client: ClientUpdate
+    build: Callable[[], ClientUpdate]
     gradients_per_row: int
     rates: Sequence[float]
     server: Callable[[float], Any]
     sends_adapters: bool = False
+    local_rate: float = 0.0
+
+    @cached_property
+    def client(self) -> ClientUpdate:
+        """The client update; it keeps nothing between rounds."""
+        return self.build()
 
 
 METHODS = {
     "fedadam": Method(
         "FedAdam on gradients",
-        FullGradient(),
+        FullGradient,
         1,
         (3e-3, 1e-2, 2e-2),
         lambda rate: Adaptive(rate, 1e-5),
     ),
     "fedadam_local": Method(
         "FedAdam on local steps",
-        Backprop(),
+        Backprop,
         1,
         (3e-3, 1e-2, 2e-2),
         lambda rate: Adaptive(rate, 1e-3),
         sends_adapters=True,
     ),
-    "sofim": Method("SOFIM", FullGradient(), 1, (0.3, 1.0, 3.0), lambda rate: Sofim(eta=rate * 0.1, rho=0.1)),
+    "sofim": Method("SOFIM", FullGradient, 1, (0.3, 1.0, 3.0), lambda rate: Sofim(eta=rate * 0.1, rho=0.1)),
     "fagh": Method(
-        "FAGH, rank-k (ours)",
-        GradientAndHessianRow(),
+        "FAGH, rank-k (ours), fixed damping, no secants",
+        GradientAndHessianRow,
         2,
         (3e-3, 1e-2, 2e-2),
         lambda rate: Fagh(rho=1 / rate, secants=False, damping="fixed"),
+    ),
+    "fagh_default": Method(
+        "FAGH, rank-k (ours), default",
+        GradientAndHessianRow,
+        2,
+        (3e-3, 1e-2, 2e-2),
+        lambda rate: Fagh(rho=1 / rate),
+    ),
+    "fagh_opt": Method(
+        "FAGH on local SGD steps (ours, hybrid)",
+        lambda: BackpropAndHessianRow(optimizer="sgd", max_grad_norm=0.0),
+        3,
+        (3e-3, 1e-2, 2e-2),
+        lambda rate: Fagh(rho=1 / rate, secants=False, damping="fixed"),
+        sends_adapters=True,
+        local_rate=0.1,
     ),
 }
 
@@ -106,6 +144,11 @@ class Federation:
         asked = server.request() if isinstance(server, Fagh) else None
         inputs = {} if asked is None else {HESSIAN_DIRECTION: unflatten(asked, state)}
         total, row, weight = torch.zeros(()), torch.zeros(()), 0
+        losses: dict[str, tuple[float, float]] = {}
+        train = self.config.train.model_copy(update={"local_epochs": 1.0, "local_steps": 0})
+        if method.local_rate:
+            rates = {"learning_rate": method.local_rate, "head_learning_rate": method.local_rate}
+            train = train.model_copy(update=rates)
         for index, examples in enumerate(self.clients):
             seed = derive_seed(self.config.seed, number, str(index))
             count = min(self.passes // method.gradients_per_row, len(examples))
@@ -116,7 +159,7 @@ class Federation:
                     self.bundle,
                     self.task,
                     examples.select(drawn),
-                    self.config.train.model_copy(update={"local_epochs": 1.0, "local_steps": 0}),
+                    train,
                     seed,
                     number,
                     str(index),
@@ -125,15 +168,17 @@ class Federation:
                 )
             )
             arrays = flatten(result.arrays, state)
-            # A move is read like a gradient, against the way that it goes.
-            total = total + len(examples) * (
-                flatten(state, state) - arrays if method.sends_adapters else arrays
-            )
+            if method.sends_adapters:
+                arrays = flatten(state, state) - arrays
+                if method.local_rate:
+                    arrays /= method.local_rate * result.metrics["steps"]
+            total = total + len(examples) * arrays
+            losses[str(index)] = (float(len(examples)), result.loss)
             if asked is not None:
                 row = row + len(examples) * flatten(result.extras[HESSIAN_ROW], state)
             weight += len(examples)
         if isinstance(server, Fagh):
-            step = server.step(total / weight, None if asked is None else row / weight, asked)
+            step = server.step(total / weight, None if asked is None else row / weight, asked, losses)
         else:
             step = server.step(total / weight)
         return moved(state, step)
@@ -198,6 +243,21 @@ def configuration(args: Any, seed: int, quick: bool) -> RunConfig:
     )
 
 
+def identity_of(method: Method, args: Any, limits: tuple[int, int, float]) -> str:
+    """What the stored results of a method depend on: configuration, data, torch, and the code that it runs."""
+    flat = configuration(args, args.seed, args.quick).to_flat()
+    files = [
+        (Path(name).name, Path(name).stat().st_size) for name in (flat["data.source"], flat["data.test-file"])
+    ]
+    settings = sorted((k, v) for k, v in flat.items() if k not in ("data.source", "data.test-file"))
+    method_settings = (method.rates, method.gradients_per_row, method.sends_adapters, method.local_rate)
+    return code_identity(
+        (method.build, method.server, Federation, play),
+        PACKAGES,
+        (settings, files, limits, args.quick, method_settings, CLIENTS, BATCH, torch.__version__),
+    )
+
+
 def main() -> None:
     args = arguments(
         __doc__ or "",
@@ -228,16 +288,7 @@ def main() -> None:
     for key in args.methods.split(","):
         method = METHODS[key]
         path = cache / f"{key}.json"
-        identity = [
-            args.model,
-            passes,
-            rounds,
-            target,
-            quick,
-            args.seed,
-            list(method.rates),
-            torch.__version__,
-        ]
+        identity = identity_of(method, args, (passes, rounds, target))
         known: dict[str, Any] = {"identity": identity, "trials": {}, "runs": {}}
         if path.is_file() and (stored := json.loads(path.read_text()))["identity"] == identity:
             known = stored

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("second_order", "second_order_methods", "mnist", "harness", "code_identity")
+MODULES = ("second_order", "second_order_methods", "second_order_cost", "mnist", "harness", "code_identity")
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +163,16 @@ def test_docstrings_and_comments_change_no_identity(bench):
     assert texts[0] == texts[1]
     lambdas = [code_identity.code_identity((f,), (), 0) for f in (lambda r: r + 1, lambda r: r + 2)]
     assert lambdas[0] != lambdas[1]
+
+
+def test_costs_of_server_updates_are_counted(bench):
+    import second_order_cost as cost
+
+    paper = cost.measure_update(cost.FaghPaper, 3_000_000, 2, 1, 0)
+    assert 5 <= paper["vectors_peak"] < 5.5  # blocks of float64 beside five vectors
+    sofim = cost.measure_update(cost.Sofim, 3_000_000, 2, 1, 0)
+    assert 3 <= sofim["vectors_peak"] < 3.5
+    assert paper["100m_seconds"] > 0
+    figures = cost.measure_client(cost.lenet(20, 0), 2, 0)
+    assert figures["row_over_gradient_peak"] > 1
+    assert figures["row_over_gradient_seconds"] == figures["row_seconds"] / figures["gradient_seconds"]
