@@ -1,7 +1,7 @@
 """The arena of :mod:`poisoning`: clients that train at once, attacks on their updates, and the game itself.
 
-All clients' local steps are one vmap over a flat network, so that a cell of the table takes seconds. An update is a row
-of a matrix ``[n, d]``. Attackers are honest in the first ``onset`` rounds, as in the publication's own code.
+All clients' local steps are products of stacked matrices, so that a cell takes a second. An update is a row of a matrix
+``[n, d]``. Attackers are honest in the first ``onset`` rounds, as in the publication's own code.
 """
 
 from __future__ import annotations
@@ -18,12 +18,33 @@ from fedllm.strategies.attacks import colluding
 from fedllm.strategies.robust import rules
 from poisoning_defences import Defence, Scene, Vert
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.nn import functional as F
 
 from fedllm.seeding import derive_seed
 
 STEPS, BATCH, RATE = 8, 32, 0.1
+SHAPES = [parameter.shape for parameter in mnist.mlp().parameters()]
 TRIGGER, TARGET = 4, 0
+
+
+def mlp_gradients(vectors: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Gradients ``[k, d]`` of the mean cross-entropies of :func:`mnist.mlp`, every client's on a batch of its own.
+
+    Half as long as ``vmap(grad(loss))``, and a grid has some 26,000 cells.
+
+    Args:
+        vectors: parameters ``[k, d]``.
+        x: images ``[k, b, 784]``.
+        y: labels ``[k, b]``.
+    """
+    pieces = vectors.split([shape.numel() for shape in SHAPES], dim=1)
+    w1, b1, w2, b2 = (piece.unflatten(1, shape) for piece, shape in zip(pieces, SHAPES, strict=True))
+    hidden = torch.baddbmm(b1[:, None], x, w1.mT).relu_()
+    slopes = torch.baddbmm(b2[:, None], hidden, w2.mT).softmax(2)
+    slopes = (slopes - F.one_hot(y, slopes.shape[2])) / y.shape[1]
+    below = (slopes @ w2) * (hidden > 0)
+    gradients = (below.mT @ x, below.sum(1), slopes.mT @ hidden, slopes.sum(1))
+    return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
 
 
 class Arena:
@@ -53,7 +74,6 @@ class Arena:
         generator = torch.Generator().manual_seed(derive_seed(seed, "attackers"))
         self.hostile = torch.zeros(clients, dtype=torch.bool)
         self.hostile[torch.randperm(clients, generator=generator)[: round(clients * share)]] = True
-        self._gradients = vmap(grad(self.model.loss))
 
     def train(
         self, weights: Tensor, server_round: int, poison: str = "", all_clients: bool = True
@@ -76,7 +96,7 @@ class Arena:
                 for row in self.hostile.nonzero()[:, 0].tolist():
                     x[row, : BATCH // 2, :, :TRIGGER, :TRIGGER] = x.max()
                     y[row, : BATCH // 2] = TARGET
-            vectors = vectors - RATE * self._gradients(vectors, x, y)
+            vectors = vectors - RATE * mlp_gradients(vectors, x.flatten(2), y)
         updates = torch.zeros(self.n + 1, len(weights))
         updates[torch.tensor(training)] = vectors - weights
         return updates[: self.n], updates[self.n]

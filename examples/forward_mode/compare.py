@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedllm.config import ModelConfig
+from fedllm.errors import FedLLMError
 from fedllm.history import RunHistory
 from fedllm.mode_advice import advise
 from fedllm.plots import Panel, Series, comparison_panels, write_png
@@ -56,11 +57,13 @@ def run(mode: str, rounds: int, root: Path) -> RunHistory:
     folder = root / f"forward-mode-{mode}-{rounds}"
     if not folder.exists() or load_run(folder).status != "finished":
         resume = ["--resume" if folder.exists() else "--name", folder.name]
-        subprocess.run(
+        code = subprocess.run(
             [sys.executable, "-m", "fedllm", "simulate", str(APP), *resume, "--rounds", str(rounds), "-c",
              f'client="{mode}" run.root="{root}" {MODES[mode]}'],
-            check=True,
-        )  # fmt: skip
+            check=False,
+        ).returncode  # fmt: skip
+        if code:
+            sys.exit(f"{folder.name} ended with exit code {code}, see above; finished runs are not repeated")
     return load_run(folder)
 
 
@@ -125,4 +128,7 @@ def compare(histories: Mapping[str, RunHistory], root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FedLLMError as error:
+        sys.exit(str(error))

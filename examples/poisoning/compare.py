@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fedllm.errors import FedLLMError
 from fedllm.history import RunHistory
 from fedllm.plots import Panel, Series, write_png
 from fedllm.report import load_run, write_report
@@ -58,11 +59,13 @@ def run(attack: str, defence: str, rounds: int, root: Path, overrides: str) -> R
     if not folder.exists() or load_run(folder).status != "finished":
         resume = ["--resume" if folder.exists() else "--name", folder.name]
         settings = f'attack="{attack}" defence="{defence}" run.root="{root}" {SETTINGS.get(defence, "")}'
-        subprocess.run(
+        code = subprocess.run(
             [sys.executable, "-m", "fedllm", "simulate", str(APP), *resume, "--rounds", str(rounds), "-c",
              f"{settings} {overrides}".strip()],
-            check=True,
-        )  # fmt: skip
+            check=False,
+        ).returncode  # fmt: skip
+        if code:
+            sys.exit(f"{folder.name} ended with exit code {code}, see above; finished runs are not repeated")
     return load_run(folder)
 
 
@@ -112,4 +115,7 @@ def compare(runs: Runs, attacks: Sequence[str], defences: Sequence[str], root: P
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FedLLMError as error:
+        sys.exit(str(error))

@@ -18,8 +18,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "second_order"
 
 @pytest.mark.parametrize(
     ("settings", "least"),
-    [({"network": "logistic"}, 0.8), ({"network": "logistic", "preset": "paper", "rho": 5.0}, 0.5)],
-    ids=["ours", "paper"],
+    [
+        ({"network": "logistic"}, 0.8),
+        ({"network": "lenet"}, 0.7),
+        ({"network": "logistic", "preset": "paper", "rho": 5.0}, 0.5),
+    ],
+    ids=["ours", "lenet", "paper"],
 )
 def test_the_example_learns_digits(tmp_path, settings, least):
     pytest.importorskip("sklearn")

@@ -297,6 +297,20 @@ def test_attackers_of_a_game(bench, arena):
     assert (flipped.hostile_by_round, flipped.queries) == ((0.0,), 0)
 
 
+def test_gradients_of_all_clients_are_those_of_autograd(arena):
+    import torch
+    from poisoning_arena import mlp_gradients
+
+    generator = torch.Generator().manual_seed(1)
+    vectors = arena.model.initial + 0.1 * torch.randn(3, arena.model.size, generator=generator)
+    x = torch.randn(3, 7, 1, 28, 28, generator=generator)
+    y = torch.randint(10, (3, 7), generator=generator)
+    found = mlp_gradients(vectors, x.flatten(2), y)
+    for row, vector in enumerate(vectors):
+        expected = arena.model.gradient(vector, x[row], y[row])[1]
+        assert torch.allclose(found[row], expected, atol=1e-6, rtol=1e-4)
+
+
 def test_attackers_train_only_where_that_matters(bench, arena):
     import torch
     from poisoning_arena import FORGED, TRAINING
