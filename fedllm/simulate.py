@@ -343,7 +343,7 @@ def print_failure(job: Job, outcome: Outcome, app_log: str) -> None:
 def print_results(job: Job, history: RunHistory, console: Console) -> None:
     """Say how a run went and where its results are."""
     metrics = ", ".join(f"{name} {format_value(value)}" for name, value in history.final_metrics.items())
-    verdict = f"finished in {format_seconds(history.seconds)}: {metrics or 'no test metrics'}"
+    verdict = f"results: {metrics or 'no test metrics'}; the rounds took {format_seconds(history.seconds)}"
     console.print(Text(verdict, style="bold green"))
     for label, name in _RESULTS.items():
         if (path := job.run_dir / name).exists():
