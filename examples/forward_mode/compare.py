@@ -93,14 +93,14 @@ def by_bytes_up(history: RunHistory) -> Iterator[tuple[float, float]]:
 def compare(histories: Mapping[str, RunHistory], root: Path) -> None:
     """Print the table, draw the picture, and write the report of all runs."""
     table = Table(title="The same run by every gradient mode", title_justify="left", box=None)
+    table.add_column("mode", no_wrap=True)
     for heading in (
-        "mode",
         "accuracy",
-        "seconds in clients",
-        "predicted peak MB of a step",
-        "kB up a round and client",
+        "seconds\nin clients",
+        "peak MB,\npredicted",
+        "kB up\na reply",
     ):
-        table.add_column(heading, justify="left" if heading == "mode" else "right")
+        table.add_column(heading, justify="right")
     points, sent = [], []
     for index, (mode, history) in enumerate(histories.items()):
         accuracy = history.metric("accuracy", "server")[-1][1]
