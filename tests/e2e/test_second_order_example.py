@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "second_order"
     ("settings", "least"),
     [
         ({"network": "logistic"}, 0.8),
-        ({"network": "lenet"}, 0.7),
+        ({"network": "lenet"}, 0.5),
         ({"network": "logistic", "preset": "paper", "rho": 5.0}, 0.5),
     ],
     ids=["ours", "lenet", "paper"],
