@@ -316,15 +316,15 @@ def allocated(client: Client, attention: str, step: Callable[[Client], None]) ->
 
 
 def seconds(client: Client, attention: str, step: Callable[[Client], None], repeats: int) -> float:
-    """The shortest of some repetitions after a first one."""
-    found = []
+    """The shortest of some repetitions after a first one: processor time on a CPU, which others may share."""
+    clock, found = time.perf_counter if torch.cuda.is_available() else time.process_time, []
     with _attention(client, attention):
         for _ in range(repeats + 1):
-            started = time.perf_counter()
+            started = clock()
             step(client)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            found.append(time.perf_counter() - started)
+            found.append(clock() - started)
     return min(found[1:])
 
 
@@ -394,7 +394,7 @@ def main() -> None:
     for shape in shapes():
         found, lines = measure(shape, device, args.quick)
         figures |= found
-        rows += lines
+        rows += [[shape.title if index == 0 else "", *line[1:]] for index, line in enumerate(lines)]
     ratios = [figures[f"{shape.key}_forward_ad_flops_ratio"] for shape in shapes()]
     figures["forward_ad_flops_ratio"] = max(ratios)
     blocks = 2 if args.quick else 24
