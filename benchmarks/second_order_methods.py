@@ -275,62 +275,56 @@ def _both(
     return {"lenet": (first, second), "logistic": (first, second)}
 
 
-_RATES = {"lenet": (0.15, 0.25, 0.4), "logistic": (0.1, 0.2, 0.4)}
-_MORE = {"lenet": (0.25, 0.5, 0.8), "logistic": (0.1, 0.2, 0.4)}
-
-
-def _paired(
-    rates: dict[str, Any], second: Sequence[float]
-) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-    return {network: (values, second) for network, values in rates.items()}
-
-
 METHODS = (
     Method(
         "fedsgdm", "momentum FedSGD at η/ρ (control)", "one", ("η/ρ", "β₁"),
-        {"lenet": (_RATES["lenet"], (0.8, 0.9, 0.95)), "logistic": (_RATES["logistic"], (0.7, 0.8, 0.9))},
+        {"lenet": ((0.11, 0.15, 0.2), (0.8, 0.9, 0.95)), "logistic": ((0.1, 0.2, 0.4), (0.5, 0.7, 0.8))},
         lambda rate, beta: GradientStep(FedSgdMomentum(eta=rate, beta1=beta)),
     ),
     Method(
         "fedadam", "FedAdam", "one", ("η", "τ"),
-        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-5, 1e-4, 1e-3))},
+        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-4, 1e-3, 1e-2))},
         lambda eta, tau: GradientStep(Adaptive(eta, tau)),
     ),
     Method(
         "fedyogi", "FedYogi", "one", ("η", "τ"),
-        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-5, 1e-4, 1e-3))},
+        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-4, 1e-3, 1e-2))},
         lambda eta, tau: GradientStep(Adaptive(eta, tau, yogi=True)),
     ),
     Method(
-        "sofim", "SOFIM, F⁻¹ of the momentum", "one", ("η/ρ", "ρ"), _paired(_MORE, (0.1, 1.0, 10.0)),
+        "sofim", "SOFIM, F⁻¹ of the momentum", "one", ("η/ρ", "ρ"),
+        {"lenet": ((0.5, 0.8, 1.2), (0.1, 1.0, 10.0)), "logistic": ((0.2, 0.4, 0.8), (1.0, 10.0, 100.0))},
         lambda rate, rho: GradientStep(Sofim(eta=rate * rho, rho=rho)),
     ),
     Method(
-        "sofim_gradient", "SOFIM, F⁻¹ of the gradient", "one", ("η/ρ", "ρ"), _paired(_RATES, (0.1, 1.0, 10.0)),
+        "sofim_gradient", "SOFIM, F⁻¹ of the gradient", "one", ("η/ρ", "ρ"),
+        {"lenet": ((0.25, 0.5, 0.8), (1.0, 10.0, 100.0)), "logistic": ((0.1, 0.2, 0.4), (1.0, 10.0, 100.0))},
         lambda rate, rho: GradientStep(Sofim(eta=rate * rho, rho=rho, direction="gradient")),
     ),
     Method(
         "fagh", "FAGH, rank-k (ours, default)", "two", ("η/ρ", "τ"),
-        {"lenet": ((0.015, 0.02, 0.03), (0.02, 0.05, 0.2)), "logistic": ((0.01, 0.02, 0.04), (0.05, 0.2, 1.0))},
+        {"lenet": ((0.02, 0.03, 0.05), (0.005, 0.02, 0.05)), "logistic": ((0.01, 0.02, 0.04), (0.2, 1.0, 5.0))},
         lambda rate, tau: CurvatureStep(Fagh(rho=1 / rate, tau=tau)), vectors=(2, 2),
     ),
     Method(
         "fagh_identity", "FAGH, rank-k, no metric", "two", ("η/ρ", "ρ"),
-        {"lenet": (_MORE["lenet"], (0.3, 1.0, 3.0)), "logistic": ((0.2, 0.4, 0.8), (0.3, 1.0, 3.0))},
+        {"lenet": ((0.5, 0.8, 1.2), (0.3, 1.0, 3.0)), "logistic": ((0.2, 0.4, 0.8), (1.0, 3.0, 10.0))},
         lambda rate, rho: CurvatureStep(Fagh(eta=rate * rho, rho=rho, metric="identity", damping="fixed")),
         vectors=(2, 2),
     ),
     Method(
-        "fagh_rank1", "FAGH, rank one, Krylov direction", "two", ("η/ρ", "ρ"), _paired(_MORE, (0.3, 1.0, 3.0)),
+        "fagh_rank1", "FAGH, rank one, Krylov direction", "two", ("η/ρ", "ρ"),
+        {"lenet": ((0.5, 0.8, 1.2), (1.0, 3.0, 10.0)), "logistic": ((0.1, 0.2, 0.4), (1.0, 3.0, 10.0))},
         _rank_one, vectors=(2, 2),
     ),
     Method(
-        "fagh_paper", "FAGH as published (first row)", "two", ("η/ρ", "ρ"), _paired(_RATES, (0.3, 1.0, 3.0)),
+        "fagh_paper", "FAGH as published (first row)", "two", ("η/ρ", "ρ"),
+        {"lenet": ((0.25, 0.4, 0.8), (1.0, 3.0, 10.0)), "logistic": ((0.1, 0.2, 0.4), (0.3, 1.0, 3.0))},
         lambda rate, rho: CurvatureStep(FaghPaper(eta=rate * rho, rho=rho)), vectors=(2, 1),
     ),
     Method(
         "fagh_off", "FAGH without curvature", "one", ("η/ρ", "τ"),
-        {"lenet": ((0.015, 0.02, 0.03), (0.02, 0.05, 0.2)), "logistic": ((0.01, 0.02, 0.04), (0.05, 0.2, 1.0))},
+        {"lenet": ((0.008, 0.015, 0.025), (0.02, 0.05, 0.2)), "logistic": ((0.005, 0.01, 0.02), (0.2, 1.0, 5.0))},
         lambda rate, tau: CurvatureStep(Fagh(rho=1 / rate, tau=tau, memory=0)),
     ),
     Method(
@@ -339,12 +333,12 @@ METHODS = (
     ),
     Method(
         "fedadam_2", "FedAdam, 2 steps", "two", ("η_l", "η"),
-        {"lenet": ((0.05, 0.1, 0.2), (0.01, 0.02, 0.03)), "logistic": ((0.05, 0.1, 0.2), (0.005, 0.01, 0.02))},
+        {"lenet": ((0.01, 0.03, 0.05), (0.01, 0.02, 0.03)), "logistic": ((0.05, 0.1, 0.2), (0.005, 0.01, 0.02))},
         lambda rate, eta: LocalSteps(rate, Adaptive(eta, 1e-5), steps=2, unit=2 * rate), pooled=False,
     ),
     Method(
         "fedyogi_2", "FedYogi, 2 steps", "two", ("η_l", "η"),
-        {"lenet": ((0.05, 0.1, 0.2), (0.01, 0.02, 0.03)), "logistic": ((0.05, 0.1, 0.2), (0.005, 0.01, 0.02))},
+        {"lenet": ((0.01, 0.03, 0.05), (0.01, 0.02, 0.03)), "logistic": ((0.05, 0.1, 0.2), (0.005, 0.01, 0.02))},
         lambda rate, eta: LocalSteps(rate, Adaptive(eta, 1e-5, yogi=True), steps=2, unit=2 * rate), pooled=False,
     ),
     Method(
