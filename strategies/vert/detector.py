@@ -102,12 +102,17 @@ class Detector:
         alone = (self._ladder.predict(without_own(inputs), "temporal") * directions).sum(1)
         known = self._history.rounds(clients) > 0
         scores = torch.where(known, (self._ladder.predict(inputs) * directions).sum(1), alone)
-        features = torch.stack([scores, norms.clamp_min(1e-30).log(), twins(directions, scores)], 1)
+        begins = root is not None and self._judged < self.warm_up
+        twin = twins(directions, scores, settle=begins)
+        features = torch.stack([scores, norms.clamp_min(1e-30).log(), twin], 1)
         distances = self._distances(clients, features, alone)
         distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
         predictor = self._ladder.chosen
-        if root is not None and self._judged < self.warm_up:
-            distances = torch.maximum(distances, against_root(features, root.norm))
+        if root is not None and begins:
+            # Few rounds say less of a client than a trusted update does.
+            agreement = directions @ F.normalize(root.vector, dim=0)
+            trusted = against_root(agreement, features, root.norm)
+            distances = torch.where(torch.isinf(distances), distances, trusted)
         kept = self._select(distances, root is not None)
         if self._judged >= self.warm_up:
             kept = self._course.hold(kept, directions, _WIDEN**self._skipped)

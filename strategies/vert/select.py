@@ -124,34 +124,46 @@ def common_shift(deviation: Tensor) -> tuple[Tensor, Tensor]:
     return higher, lower * torch.tensor([0.0, 1.0, 0.0])
 
 
-def against_root(features: Tensor, root_norm: float) -> Tensor:
-    """Distances ``[n]`` in rounds without a level yet, when a trusted update is all there is to compare with.
+def against_root(scores: Tensor, features: Tensor, root_norm: float) -> Tensor:
+    """Distances ``[n]`` in the first rounds, when a trusted update is the best there is to compare with.
 
-    Expected are a positive cosine of at least half of the best one's, a norm within a factor of 4 of the trusted one's,
-    and no copies.
+    Expected are a positive cosine of at least a third of the best one's (a client with few labels agrees less), a norm
+    within a factor of 4 of the trusted one's, and no copies.
+
+    Args:
+        scores: cosines ``[n]`` to the trusted update.
+        features: ``[n, 3]`` in the order of :data:`FEATURES`.
+        root_norm: the trusted update's.
     """
-    scores, sizes, twin = features.T
+    _, sizes, twin = features.T
     off = (sizes - math.log(max(root_norm, 1e-30))).abs() / _ROOT_SIZE
     plausible = (off <= 1) & (twin <= COPY)
     best = float(scores[plausible].max()) if bool(plausible.any()) else 0.0
     if best <= 0:
         return torch.full_like(scores, 2.0)
-    # A score of the best is at distance 0, half of it at 1.
-    distances = torch.maximum(2 * (1 - scores / best), off).clamp_min(0)
+    # A score of the best is at distance 0, a third of it at 1.
+    distances = torch.maximum(1.5 * (1 - scores / best), off).clamp_min(0)
     return torch.where(plausible, distances, distances + 1)
 
 
-def twins(directions: Tensor, scores: Tensor) -> Tensor:
+def twins(directions: Tensor, scores: Tensor, settle: bool = False) -> Tensor:
     """Largest cosine of each direction ``[n, q]`` to another one, ``[n]``; 0 for a lone reply.
 
     Of replies that are copies of one vector, the one whose own history predicts it better than that of any other is
     taken for the original, and the copies do not count against it: of a vector that many send, one at most is kept.
+
+    Args:
+        directions: ``[n, q]`` of norm 1.
+        scores: cosines to what was predicted, ``[n]``.
+        settle: where no history tells the original, the first of the copies stands for all of them.
     """
     if len(directions) < 2:
         return torch.zeros(len(directions))
     cosines = (directions @ directions.T).fill_diagonal_(-1)
     for index in (cosines.amax(1) > COPY).nonzero()[:, 0].tolist():
         copies = cosines[index] > COPY
-        if bool(scores[index] > scores[copies].max() + _ORIGINAL):
+        margin = scores[index] - scores[copies].max()
+        first = settle and index < int(copies.nonzero()[0, 0])
+        if bool(margin > _ORIGINAL) or (first and bool(margin >= -_ORIGINAL)):
             cosines[index, copies] = -1
     return cosines.amax(1)

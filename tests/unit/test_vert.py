@@ -12,6 +12,7 @@ from fedllm.strategies.vert.select import twins
 from fedllm.strategies.vert.sketch import Sketch
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ConfigRecord
+from torch.nn import functional as F
 
 from fedllm import registry
 from fedllm.checkpoint import CheckpointStore, ServerState
@@ -531,3 +532,22 @@ def test_of_copies_the_one_that_its_own_history_predicts_is_the_original(scores,
     directions = torch.eye(3)[[0, 0, 0, 1]]
     found = twins(directions, torch.tensor(scores))
     assert found.tolist() == [0.0 if index in (original, 3) else 1.0 for index in range(4)]
+
+
+def test_copies_that_no_history_tells_apart_are_one_reply_where_the_server_has_trusted_rows():
+    directions = torch.eye(3)[[1, 0, 0, 0]]
+    found = twins(directions, torch.tensor([0.4, 0.3, 0.3, 0.3]), settle=True)
+    assert found.tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_client_with_few_labels_is_held_to_the_trusted_update_not_to_one_round_of_others():
+    detector, generator = Detector(64, warm_up=2), torch.Generator().manual_seed(0)
+    common, own = (F.normalize(torch.randn(64, generator=generator), dim=0) for _ in range(2))
+    for server_round in (1, 2):
+        noise = torch.randn(5, 64, generator=generator)
+        few_labels = 0.6 * common + own + 0.02 * noise[3]
+        sketches = torch.stack([*(common + 0.1 * noise[:3]), few_labels, -common, noise[4]])
+        found = detector.judge(
+            server_round, list("abcdef"), sketches, sketches.norm(dim=1), Sketch(common, 1.0)
+        )
+        assert found.kept.tolist() == [True, True, True, True, False, False]
