@@ -37,7 +37,8 @@ _TOLERANCE = torch.tensor([0.20, 0.45, 0.15])
 _FLOOR = torch.tensor([0.02, 0.04, 0.02])
 _SIGMAS = 4.0
 _BLEND = 0.5
-_ROOT_SIZE = math.log(4)
+_ROOT_SIZE = _MOST_SIZE = math.log(4)
+"""Sizes differ by no more than this factor from a trusted update's, and from what is expected, however they scatter."""
 _COHORT, _SHIFT = 3, math.log(2)
 _ORIGINAL = 0.02
 """How much better than all of its copies an original is predicted at least; a lost original is a lost client."""
@@ -63,6 +64,7 @@ class Yardstick:
         higher, lower = common_shift(deviation)
         rest = deviation - higher - lower
         allowed = _SIGMAS * torch.maximum(self.spread, _FLOOR) + _TOLERANCE
+        allowed[1] = allowed[1].clamp_max(_MOST_SIZE)
         # However wide the scatter, a score may not be clearly negative where it was clearly positive; and that it sinks
         # is suspicious whatever the others' do.
         sunk = -deviation[:, 0] / allowed[0].clamp_max(max(float(self.level[0]) + 0.05, 0.25))
