@@ -20,7 +20,7 @@ import torch
 from fedllm.strategies.vert.course import Course
 from fedllm.strategies.vert.history import History
 from fedllm.strategies.vert.predict import Ladder, without_own
-from fedllm.strategies.vert.select import FEATURES, Yardstick, against_root, twins
+from fedllm.strategies.vert.select import FEATURES, FOREIGN_SIZE, Yardstick, against_root, twins
 from fedllm.strategies.vert.sketch import Sketch
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,7 +77,8 @@ class Detector:
         self.keep, self.warm_up, self.clip = keep, warm_up, clip
         self._history = History(size, len(FEATURES), window, clients)
         self._ladder = Ladder(seed)
-        self._yardstick, self._strangers, self._course = Yardstick(), Yardstick(), Course()
+        self._yardstick, self._strangers = Yardstick(), Yardstick(FOREIGN_SIZE)
+        self._course = Course()
         self._judged = self._skipped = 0
 
     def judge(
@@ -98,23 +99,23 @@ class Detector:
             root: a trusted update.
         """
         directions = F.normalize(sketches, dim=1)
-        inputs = self._history.inputs(clients, None if root is None else F.normalize(root.vector, dim=0))
+        trusted = None if root is None else F.normalize(root.vector, dim=0)
+        inputs = self._history.inputs(clients, trusted)
         alone = (self._ladder.predict(without_own(inputs), "temporal") * directions).sum(1)
         known = self._history.rounds(clients) > 0
         scores = torch.where(known, (self._ladder.predict(inputs) * directions).sum(1), alone)
-        begins = root is not None and self._judged < self.warm_up
-        twin = twins(directions, scores, settle=begins)
+        begins = self._judged < self.warm_up
+        twin = twins(directions, scores, settle=begins and root is not None)
         features = torch.stack([scores, norms.clamp_min(1e-30).log(), twin], 1)
-        distances = self._distances(clients, features, alone)
+        if begins and root is not None and trusted is not None:
+            # Few rounds say less of a client than a trusted update does.
+            distances = against_root(directions @ trusted, features, root.norm)
+        else:
+            distances = self._distances(clients, features, alone)
         distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
         predictor = self._ladder.chosen
-        if root is not None and begins:
-            # Few rounds say less of a client than a trusted update does.
-            agreement = directions @ F.normalize(root.vector, dim=0)
-            trusted = against_root(agreement, features, root.norm)
-            distances = torch.where(torch.isinf(distances), distances, trusted)
-        kept = self._select(distances, root is not None)
-        if self._judged >= self.warm_up:
+        kept = self._select(distances, everybody=begins and root is None)
+        if not begins:
             kept = self._course.hold(kept, directions, _WIDEN**self._skipped)
         factors = self._clipped(kept, norms)
         self._skipped = 0 if bool(kept.any()) else self._skipped + 1
@@ -144,8 +145,8 @@ class Detector:
         """Bytes of the history."""
         return self._history.nbytes
 
-    def _select(self, distances: Tensor, has_root: bool) -> Tensor:
-        if self._judged < self.warm_up and not has_root:
+    def _select(self, distances: Tensor, everybody: bool) -> Tensor:
+        if everybody:
             return torch.isfinite(distances)
         if self.keep == 0:
             return distances <= _WIDEN**self._skipped

@@ -37,17 +37,22 @@ _TOLERANCE = torch.tensor([0.20, 0.45, 0.15])
 _FLOOR = torch.tensor([0.02, 0.04, 0.02])
 _SIGMAS = 4.0
 _BLEND = 0.5
-_ROOT_SIZE = _MOST_SIZE = math.log(4)
-"""Sizes differ by no more than this factor from a trusted update's, and from what is expected, however they scatter."""
+FOREIGN_SIZE = math.log(4)
+"""By how much a size may differ from a trusted update's, and a stranger's from what is expected, whatever scatters."""
 _COHORT, _SHIFT = 3, math.log(2)
 _ORIGINAL = 0.02
 """How much better than all of its copies an original is predicted at least; a lost original is a lost client."""
 
 
 class Yardstick:
-    """Level and spread of the features among accepted replies."""
+    """Level and spread of the features among accepted replies.
 
-    def __init__(self) -> None:
+    Args:
+        most_size: bound of what is allowed in size, as a logarithm, however sizes scatter.
+    """
+
+    def __init__(self, most_size: float = math.inf) -> None:
+        self._most_size = most_size
         self.level: Tensor | None = None
         self.spread = torch.zeros(len(FEATURES))
 
@@ -64,7 +69,7 @@ class Yardstick:
         higher, lower = common_shift(deviation)
         rest = deviation - higher - lower
         allowed = _SIGMAS * torch.maximum(self.spread, _FLOOR) + _TOLERANCE
-        allowed[1] = allowed[1].clamp_max(_MOST_SIZE)
+        allowed[1] = allowed[1].clamp_max(self._most_size)
         # However wide the scatter, a score may not be clearly negative where it was clearly positive; and that it sinks
         # is suspicious whatever the others' do.
         sunk = -deviation[:, 0] / allowed[0].clamp_max(max(float(self.level[0]) + 0.05, 0.25))
@@ -138,7 +143,7 @@ def against_root(scores: Tensor, features: Tensor, root_norm: float) -> Tensor:
         root_norm: the trusted update's.
     """
     _, sizes, twin = features.T
-    off = (sizes - math.log(max(root_norm, 1e-30))).abs() / _ROOT_SIZE
+    off = (sizes - math.log(max(root_norm, 1e-30))).abs() / FOREIGN_SIZE
     plausible = (off <= 1) & (twin <= COPY)
     best = float(scores[plausible].max()) if bool(plausible.any()) else 0.0
     if best <= 0:

@@ -8,7 +8,7 @@ import torch
 from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.vert.detector import Detector
 from fedllm.strategies.vert.predict import Ladder
-from fedllm.strategies.vert.select import Yardstick, twins
+from fedllm.strategies.vert.select import FOREIGN_SIZE, Yardstick, twins
 from fedllm.strategies.vert.sketch import Sketch
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ConfigRecord
@@ -553,11 +553,14 @@ def test_a_client_with_few_labels_is_held_to_the_trusted_update_not_to_one_round
         assert found.kept.tolist() == [True, True, True, True, False, False]
 
 
-def test_however_sizes_scatter_ten_times_the_expected_one_is_suspicious():
-    yardstick, nothing = Yardstick(), torch.zeros(5, 3)
+def test_however_sizes_scatter_ten_times_the_expected_one_is_suspicious_of_a_stranger():
+    nothing = torch.zeros(5, 3)
     sizes = torch.tensor([-1.3, -0.6, 0.0, 0.6, 1.3])
     features = torch.stack([torch.full((5,), 0.6), sizes, torch.full((5,), 0.3)], 1)
-    yardstick.learn(features, nothing)
-    assert bool((yardstick.distances(features, nothing) <= 1).all())
+    strangers, known = Yardstick(FOREIGN_SIZE), Yardstick()
+    for yardstick in (strangers, known):
+        yardstick.learn(features, nothing)
+        assert bool((yardstick.distances(features, nothing) <= 1).all())
     features[2, 1] = math.log(10)
-    assert (yardstick.distances(features, nothing) > 1).tolist() == [False, False, True, False, False]
+    assert (strangers.distances(features, nothing) > 1).tolist() == [False, False, True, False, False]
+    assert bool((known.distances(features, nothing) <= 1).all())
