@@ -13,13 +13,22 @@ is small: O(d k) memory, one pass of O(d k²) multiplications a round and two of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from fedllm.strategies.second_order.moments import Moment
-from fedllm.strategies.second_order.vectors import blocks, combine, dots, norm, scale_of, wide, working_dtype
+from fedllm.strategies.second_order.vectors import (
+    BLOCK,
+    blocks,
+    combine,
+    dots,
+    norm,
+    scale_of,
+    wide,
+    working_dtype,
+)
 from torch import Tensor
 
 _CORE_CUTOFF = 1e-3
@@ -89,6 +98,7 @@ class CurvatureMemory:
         self.max_age = max_age
         self.max_asymmetry = max_asymmetry
         self._pairs: list[_Pair] = []
+        self._overlaps = torch.zeros(0, 0, dtype=torch.float64)
         Moment(beta)  # checks β now rather than with the first pair
 
     def __len__(self) -> int:
@@ -106,13 +116,24 @@ class CurvatureMemory:
         self._forget_contradicted(direction, product)
         pair = _Pair(direction.to(working_dtype(direction.dtype), copy=True), Moment(self.beta))
         pair.product.update(product)
-        self._pairs = [*self._pairs, pair][-self.capacity :]
+        self._append(pair)
+        self._keep([index >= len(self) - self.capacity for index in range(len(self))])
 
     def grow_old(self) -> None:
         """Let a round pass: pairs beyond their age are forgotten."""
         for pair in self._pairs:
             pair.age += 1
-        self._pairs = [pair for pair in self._pairs if pair.age <= self.max_age]
+        self._keep([pair.age <= self.max_age for pair in self._pairs])
+
+    def _append(self, pair: _Pair) -> None:
+        self._pairs.append(pair)
+        new = dots([each.direction for each in self._pairs], pair.direction)
+        self._overlaps = torch.cat([torch.cat([self._overlaps, new[None, :-1]]), new[:, None]], 1)
+
+    def _keep(self, kept: Sequence[bool]) -> None:
+        chosen = torch.tensor(kept, dtype=torch.bool)
+        self._pairs = [pair for pair, keep in zip(self._pairs, kept, strict=True) if keep]
+        self._overlaps = self._overlaps[chosen][:, chosen]
 
     def newest_product(self, metric: Metric | None = None) -> Tensor | None:
         """D⁻¹ H u of the newest pair ``[d]``, by which power iteration goes on; None without a pair."""
@@ -135,8 +156,7 @@ class CurvatureMemory:
         own = float(dots([direction], product))
         others = torch.cat([dots([u], y) for u, y in zip(directions, rows, strict=True)]) * factors
         difference = dots(rows, direction) * factors - dots(directions, product)
-        kept = difference.abs() <= self.max_asymmetry * (others * own).abs().sqrt()
-        self._pairs = [pair for pair, keep in zip(self._pairs, kept.tolist(), strict=True) if keep]
+        self._keep((difference.abs() <= self.max_asymmetry * (others * own).abs().sqrt()).tolist())
 
     def orthogonal(self, candidate: Tensor) -> Tensor | None:
         """The unit vector along ``candidate`` orthogonalised against the directions that will stay beside it.
@@ -151,7 +171,7 @@ class CurvatureMemory:
         stay = [pair.direction for pair in self._pairs[-(self.capacity - 1) :]] if self.capacity > 1 else []
         rest = candidate.clone()
         if stay:
-            inverse = torch.linalg.pinv(torch.stack([dots(stay, u) for u in stay]), hermitian=True)
+            inverse = torch.linalg.pinv(self._overlaps[-len(stay) :, -len(stay) :], hermitian=True)
             for _ in range(2):  # twice is enough (Giraud et al., 2005)
                 combine(rest, (-(inverse @ dots(stay, rest))).tolist(), stay)
         left = norm(rest)
@@ -194,10 +214,10 @@ class CurvatureMemory:
         return Direction(out, eigenvalues, bend)
 
     def _rows(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of Y as float64 ``[k, block]``, bias-corrected."""
-        for part in blocks(size):
-            rows = [wide(pair.row[part]).mul_(pair.product.correction) for pair in self._pairs]
-            yield part, torch.stack(rows) if rows else torch.empty(0)
+        """Blocks of Y as float64 ``[k, block]``, bias-corrected; a block's memory is that of the one before."""
+        corrections = torch.tensor([pair.product.correction for pair in self._pairs], dtype=torch.float64)
+        for part, rows in _stacked([pair.row for pair in self._pairs], size):
+            yield part, rows.mul_(corrections.to(rows.device)[:, None])
 
     def _eigenpairs(
         self, momentum: Tensor, rho: float, metric: Metric | None, scale: float
@@ -208,11 +228,12 @@ class CurvatureMemory:
         projected = torch.zeros(count, dtype=torch.float64)
         if count == 0:
             return torch.empty(0, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64), projected
-        for part, rows in self._rows(len(momentum)):
-            directions = torch.stack([pair.direction[part].double() for pair in self._pairs])
-            weighted = rows if metric is None else rows / metric.block(part)
-            gram += (weighted @ rows.T).cpu()
+        size = len(momentum)
+        directions_of = _stacked([pair.direction for pair in self._pairs], size)
+        for (part, rows), (_, directions) in zip(self._rows(size), directions_of, strict=True):
             core += (directions @ rows.T).cpu()
+            weighted = rows if metric is None else torch.div(rows, metric.block(part), out=directions)
+            gram += (weighted @ rows.T).cpu()
             projected += (weighted @ wide(momentum[part], scale)).cpu()
         return *nystrom_eigenpairs(gram, core, rho), projected
 
@@ -229,11 +250,23 @@ class CurvatureMemory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self._pairs = []
+        self._pairs, self._overlaps = [], torch.zeros(0, 0, dtype=torch.float64)
         for stored in state["pairs"]:
             product = Moment(self.beta)
             product.load_state_dict(stored["product"])
-            self._pairs.append(_Pair(stored["direction"].clone(), product, int(stored["age"])))
+            self._append(_Pair(stored["direction"].clone(), product, int(stored["age"])))
+
+
+def _stacked(vectors: Sequence[Tensor], size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of vectors of one size as float64 ``[k, block]``, each in the memory of the one before."""
+    device = vectors[0].device if vectors else None
+    memory = torch.empty(len(vectors) * min(size, BLOCK), dtype=torch.float64, device=device)
+    for part in blocks(size):
+        length = part.stop - part.start
+        block = memory[: len(vectors) * length].view(len(vectors), length)
+        for row, vector in zip(block, vectors, strict=True):
+            row.copy_(vector[part])
+        yield part, block
 
 
 def nystrom_eigenpairs(gram: Tensor, core: Tensor, rho: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import time
 import mpmath
 import pytest
 import torch
+from fedllm.strategies.second_order import limited_memory, vectors
 from fedllm.strategies.second_order.damping import AdaptiveDamping, paired_means
 from fedllm.strategies.second_order.limited_memory import CurvatureMemory
 from fedllm.strategies.second_order.metric import SecondMoment
@@ -553,3 +554,37 @@ def test_a_step_on_a_hundred_million_parameters_takes_under_a_second_and_five_ve
     seconds = min(times)
     print(f"{seconds:.2f} s")
     assert seconds < 1.0
+
+
+def test_what_is_asked_for_is_orthogonal_to_all_that_stay_whatever_was_forgotten():
+    """Inner products of directions are kept: they must follow pairs that contradict, age, or make room."""
+    hessian = torch.diag(torch.linspace(0.5, 3, 30, dtype=torch.float64))
+    memory = CurvatureMemory(4, max_age=6)
+    counts = set()
+    for round_number in range(12):
+        memory.grow_old()
+        direction, sign = vector(round_number, 30), 1.0 if round_number % 5 else -9.0
+        # In every fifth round a product that no other one agrees with.
+        memory.add(direction, sign * (hessian @ direction))
+        counts.add(len(memory))
+        asked = memory.orthogonal(vector(100 + round_number, 30))
+        stay = [pair["direction"] for pair in memory.state_dict()["pairs"]][-3:]
+        assert max(abs(float(asked @ u)) for u in stay) < 1e-12
+        again = CurvatureMemory(4)
+        again.load_state_dict(memory.state_dict())
+        assert torch.equal(asked, again.orthogonal(vector(100 + round_number, 30)))
+    assert {1, 4} <= counts
+
+
+def test_directions_do_not_depend_on_the_blocks_that_vectors_are_worked_on_in(monkeypatch):
+    memory, metric = CurvatureMemory(5), SecondMoment(0.9, 0.1)
+    hessian = symmetric(3, positive=True)
+    for seed in range(5):
+        metric.update(vector(seed))
+        memory.add(vector(seed), hessian @ vector(seed))
+    whole = memory.direction(vector(9), 0.5, metric)
+    monkeypatch.setattr(vectors, "BLOCK", 7)
+    monkeypatch.setattr(limited_memory, "BLOCK", 7)
+    pieces = memory.direction(vector(9), 0.5, metric)
+    assert relative(pieces.vector, whole.vector) < 1e-12
+    assert relative(pieces.eigenvalues, whole.eigenvalues) < 1e-12
