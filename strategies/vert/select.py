@@ -83,7 +83,10 @@ class Yardstick:
         return distances
 
     def _noise(self, scores: Tensor) -> Tensor:
-        """Which scores ``[n]`` lie below half of the level, if too many do for honest scatter; else none."""
+        """Which scores ``[n]`` lie below half of the level, if too many do for honest scatter; else none.
+
+        Then those go, too, that are nearer to them than to the level, and beyond twice the honest spread of it.
+        """
         assert self.level is not None
         level, spread = float(self.level[0]), float(torch.maximum(self.spread, _FLOOR)[0])
         below = scores < level / 2
@@ -92,7 +95,10 @@ class Yardstick:
         count = int(below.sum())
         # If all lie below it is the level that has moved: those who are honest are among them.
         too_many = level > 0 and len(scores) * share + 2 * scatter + 2 < count < len(scores)
-        return below if too_many else torch.zeros_like(below)
+        if not too_many:
+            return torch.zeros_like(below)
+        between = (float(scores[below].median()) + level) / 2
+        return scores < max(level / 2, min(between, level - 2 * spread))
 
     def learn(self, features: Tensor, offsets: Tensor) -> Tensor:
         """Move towards the accepted replies of a round; returns their deviations from its level, ``[n, 3]``."""

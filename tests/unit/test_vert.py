@@ -564,3 +564,19 @@ def test_however_sizes_scatter_ten_times_the_expected_one_is_suspicious_of_a_str
     features[2, 1] = math.log(10)
     assert (strangers.distances(features, nothing) > 1).tolist() == [False, False, True, False, False]
     assert bool((known.distances(features, nothing) <= 1).all())
+
+
+def test_who_is_nearer_to_a_crowd_of_strangely_low_scores_than_to_the_level_goes_with_it():
+    yardstick = Yardstick()
+    honest_scores = torch.tensor([0.68, 0.71, 0.74, 0.77, 0.80])
+    yardstick.learn(torch.stack([honest_scores, torch.zeros(5), torch.full((5,), 0.3)], 1), torch.zeros(5, 3))
+    crowd = torch.linspace(0.15, 0.33, 15)
+
+    def suspicious(score, others):
+        scores = torch.cat([torch.tensor([score]), honest_scores[:4], others])
+        features = torch.stack([scores, torch.zeros(20), torch.full((20,), 0.3)], 1)
+        return bool(yardstick.distances(features, torch.zeros(20, 3))[0] > 1)
+
+    assert suspicious(0.39, crowd)
+    assert not suspicious(0.60, crowd)
+    assert not suspicious(0.39, torch.full((15,), 0.74))  # nobody else is strange: a score like this happens
