@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 APPS = Path(__file__).parent / "apps"
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
+"""A log has no width of its own."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -10,7 +10,8 @@ same ones for every method; a client's weight is the number of rows that it hold
 ``fagh_default`` is FAGH as ``strategy = "fagh"`` has it. Its secant pairs and its damping compare rounds, in which
 other rows take part; ``fagh`` and ``fagh_opt`` do without both.
 
-Each method tries the same number of settings of its step size on a seed of its own. What is finished stands in
+Each method tries the same number of settings of its step size on a seed of its own; a trial is broken off when another
+one was as fast. What is finished stands in
 ``--cache``, one file for each method, whose identity is the configuration and the code that the method runs.
 """
 
@@ -83,7 +84,7 @@ METHODS = {
         "FedAdam on gradients",
         FullGradient,
         1,
-        (3e-3, 1e-2, 2e-2),
+        (1e-3, 3e-3, 1e-2),
         lambda rate: Adaptive(rate, 1e-5),
     ),
     "fedadam_local": Method(
@@ -231,8 +232,8 @@ def configuration(args: Any, seed: int, quick: bool) -> RunConfig:
             "data.test-file": str(folder / "test.csv"),
             "data.text-column": "text",
             "data.label-column": "label",
-            "data.max-length": 24 if quick else 48,
-            "data.test-rows": 300 if quick else 1000,
+            "data.max-length": 24 if quick else 32,
+            "data.test-rows": 300 if quick else 500,
             "data.partitioner": "dirichlet",
             "data.alpha": 0.5,
             "data.min-partition-size": args.passes,
@@ -265,7 +266,7 @@ def main() -> None:
         model="packaged:minilm",
         passes=64,
         seeds=3,
-        rounds=40,
+        rounds=30,
         target=0.85,
         methods=",".join(METHODS),
         cache=str(HERE / "results" / "second_order_lora"),
@@ -296,8 +297,9 @@ def main() -> None:
         for rate in method.rates[1:2] if quick else method.rates:
             if f"{rate:g}" not in known["trials"]:
                 federation = Federation(configuration(args, tuning, quick), passes)
+                limit = min([rounds, *(t["rounds"] for t in known["trials"].values() if t["rounds"])])
                 known["trials"][f"{rate:g}"] = play(
-                    federation, method, rate, target, rounds, f"trial {rate:g}"
+                    federation, method, rate, target, limit, f"trial {rate:g}"
                 )
                 path.write_text(json.dumps(known, indent=1))
         best = min(
