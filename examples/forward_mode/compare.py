@@ -6,7 +6,6 @@ Usage: python compare.py [--rounds N] [--only MODE,MODE] [--root FOLDER]. A mode
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,8 @@ from fedllm.errors import FedLLMError
 from fedllm.history import RunHistory
 from fedllm.mode_advice import advise
 from fedllm.plots import Panel, Series, comparison_panels, write_png
-from fedllm.report import load_run, write_report
+from fedllm.report import write_report
+from fedllm.study import finished_run
 
 APP = Path(__file__).parent
 ADAMW = "train.learning-rate=3e-3 train.head-learning-rate=1e-2"
@@ -48,23 +48,15 @@ def main() -> None:
     names = [name.strip() for name in args.only.split(",")]
     if unknown := sorted(set(names) - set(MODES)):
         parser.error(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
-    histories = {name: run(name, args.rounds, args.root.resolve()) for name in names}
+    histories = {
+        name: finished_run(
+            APP,
+            args.root / f"forward-mode-{name}-{args.rounds}",
+            f'rounds={args.rounds} client="{name}" {MODES[name]}',
+        )
+        for name in names
+    }
     compare(histories, args.root)
-
-
-def run(mode: str, rounds: int, root: Path) -> RunHistory:
-    """The history of the run by a mode; run it unless it has been."""
-    folder = root / f"forward-mode-{mode}-{rounds}"
-    if not folder.exists() or load_run(folder).status != "finished":
-        resume = ["--resume" if folder.exists() else "--name", folder.name]
-        code = subprocess.run(
-            [sys.executable, "-m", "fedllm", "simulate", str(APP), *resume, "--rounds", str(rounds), "-c",
-             f'client="{mode}" run.root="{root}" {MODES[mode]}'],
-            check=False,
-        ).returncode  # fmt: skip
-        if code:
-            sys.exit(f"{folder.name} ended with exit code {code}, see above; finished runs are not repeated")
-    return load_run(folder)
 
 
 def memory(mode: str, config: Mapping[str, object]) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from rich.table import Table
 from fedllm.errors import FedLLMError
 from fedllm.history import RunHistory
 from fedllm.plots import Panel, Series, write_png
-from fedllm.report import load_run, write_report
+from fedllm.report import write_report
+from fedllm.study import finished_run
 
 APP = Path(__file__).parent
 ATTACKS = ("none", "sign-flip", "label-flip", "alie")
@@ -55,18 +55,10 @@ def main() -> None:
 
 def run(attack: str, defence: str, rounds: int, root: Path, overrides: str) -> RunHistory:
     """The history of the run under an attack with a defence; run it unless it has been."""
-    folder = root / f"{attack}-against-{defence}-{rounds}"
-    if not folder.exists() or load_run(folder).status != "finished":
-        resume = ["--resume" if folder.exists() else "--name", folder.name]
-        settings = f'attack="{attack}" defence="{defence}" run.root="{root}" {SETTINGS.get(defence, "")}'
-        code = subprocess.run(
-            [sys.executable, "-m", "fedllm", "simulate", str(APP), *resume, "--rounds", str(rounds), "-c",
-             f"{settings} {overrides}".strip()],
-            check=False,
-        ).returncode  # fmt: skip
-        if code:
-            sys.exit(f"{folder.name} ended with exit code {code}, see above; finished runs are not repeated")
-    return load_run(folder)
+    settings = (
+        f'rounds={rounds} attack="{attack}" defence="{defence}" {SETTINGS.get(defence, "")} {overrides}'
+    )
+    return finished_run(APP, root / f"{attack}-against-{defence}-{rounds}", settings)
 
 
 def rejected(history: RunHistory) -> str:

@@ -52,7 +52,7 @@ LAYERS = [
     {"server", "client", "report", "plots", "plan_plot", "verdict_plot", "progress"},
     {"server_app", "client_app", "simulate", "superlink", "watch", "doctor", "scaffold", "listing"}
     | {"app_config", "processes", "mode_advice", "flower", "node", "ray_cluster"},
-    {"cli", "node_cli"},
+    {"cli", "node_cli", "study"},
     {"__main__"},
 ]
 PURE = {"torch", "numpy", "scipy", *sys.stdlib_module_names}

@@ -1,0 +1,91 @@
+"""Runs of a comparison: which command is run, and when none is. The simulation itself is invented."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from fedllm import registry, study
+from fedllm.app_config import nest
+from fedllm.errors import ConfigError, FedLLMError
+from tests.sample_run import Script, finished_run, save
+
+APP = """
+[project]
+name = "app"
+version = "1.0"
+[tool.flwr.app]
+publisher = "me"
+[tool.flwr.app.components]
+serverapp = "fedllm.server_app:app"
+clientapp = "fedllm.client_app:app"
+[tool.flwr.app.config]
+rounds = 3
+model.name = "tiny-random:bert"
+"""
+CONFIG = nest(
+    registry.config_from_flat(
+        {
+            "rounds": 3,
+            "model.name": "tiny-random:bert",
+            "lora.rank": 4,
+            "run.name": "a",
+            "server.min-nodes": 9,
+        }
+    ).to_flat()
+)
+
+
+@pytest.fixture
+def app(tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "pyproject.toml").write_text(APP)
+    return tmp_path / "app"
+
+
+@pytest.fixture
+def simulated(tmp_path, monkeypatch):
+    """Commands that were run; each leaves what ``outcome`` says in the folder."""
+    said = SimpleNamespace(commands=[], code=0, events=finished_run().events)
+
+    def run(command, check):
+        said.commands.append(command)
+        save(said.events, tmp_path / "runs" / "a", CONFIG)
+        return SimpleNamespace(returncode=said.code)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    return said
+
+
+def test_a_run_is_made_once(app, tmp_path, simulated):
+    for _ in range(2):
+        history = study.finished_run(app, tmp_path / "runs" / "a", "lora.rank=4")
+        assert history.status == "finished"
+        assert history.metric("accuracy", "server")[-1] == (3, 0.7)
+    (command,) = simulated.commands
+    assert command[3:5] == ["simulate", str(app)]
+    assert command[5:7] == ["--name", "a"]
+    assert "lora.rank=4" in command
+    assert f'run.root="{tmp_path / "runs"}"' in command
+
+
+def test_a_run_that_was_cut_short_is_resumed(app, tmp_path, simulated):
+    begun = Script()
+    begun.start()
+    save(begun.events, tmp_path / "runs" / "a", CONFIG)
+    assert study.finished_run(app, tmp_path / "runs" / "a", "lora.rank=4").status == "finished"
+    assert simulated.commands[0][5:7] == ["--resume", "a"]
+
+
+@pytest.mark.parametrize("settings", ["lora.rank=8", "", "lora.rank=4 rounds=5"])
+def test_a_run_with_another_configuration_is_not_taken_for_this_one(app, tmp_path, simulated, settings):
+    save(simulated.events, tmp_path / "runs" / "a", CONFIG)
+    key = "rounds = 3, and 5" if "rounds" in settings else "lora.rank = 4, and "
+    with pytest.raises(ConfigError, match=key):
+        study.finished_run(app, tmp_path / "runs" / "a", settings)
+    assert not simulated.commands
+
+
+def test_a_simulation_that_fails_is_named(app, tmp_path, simulated):
+    simulated.code = 1
+    with pytest.raises(FedLLMError, match="a ended with exit code 1"):
+        study.finished_run(app, tmp_path / "runs" / "a", "lora.rank=4")
