@@ -278,17 +278,17 @@ def _both(
 METHODS = (
     Method(
         "fedsgdm", "momentum FedSGD at η/ρ (control)", "one", ("η/ρ", "β₁"),
-        {"lenet": ((0.11, 0.15, 0.2), (0.8, 0.9, 0.95)), "logistic": ((0.1, 0.2, 0.4), (0.5, 0.7, 0.8))},
+        {"lenet": ((0.11, 0.15, 0.2), (0.8, 0.9, 0.95)), "logistic": ((0.2, 0.4, 0.6), (0.0, 0.3, 0.5))},
         lambda rate, beta: GradientStep(FedSgdMomentum(eta=rate, beta1=beta)),
     ),
     Method(
         "fedadam", "FedAdam", "one", ("η", "τ"),
-        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-4, 1e-3, 1e-2))},
+        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-3, 1e-2, 1e-1))},
         lambda eta, tau: GradientStep(Adaptive(eta, tau)),
     ),
     Method(
         "fedyogi", "FedYogi", "one", ("η", "τ"),
-        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-4, 1e-3, 1e-2))},
+        {"lenet": ((0.01, 0.02, 0.03), (1e-5, 1e-4, 1e-3)), "logistic": ((0.005, 0.01, 0.02), (1e-3, 1e-2, 1e-1))},
         lambda eta, tau: GradientStep(Adaptive(eta, tau, yogi=True)),
     ),
     Method(
@@ -298,7 +298,7 @@ METHODS = (
     ),
     Method(
         "sofim_gradient", "SOFIM, F⁻¹ of the gradient", "one", ("η/ρ", "ρ"),
-        {"lenet": ((0.25, 0.5, 0.8), (1.0, 10.0, 100.0)), "logistic": ((0.1, 0.2, 0.4), (1.0, 10.0, 100.0))},
+        {"lenet": ((0.25, 0.5, 0.8), (1.0, 10.0, 100.0)), "logistic": ((0.2, 0.4, 0.8), (10.0, 100.0, 1000.0))},
         lambda rate, rho: GradientStep(Sofim(eta=rate * rho, rho=rho, direction="gradient")),
     ),
     Method(
@@ -328,21 +328,23 @@ METHODS = (
         lambda rate, tau: CurvatureStep(Fagh(rho=1 / rate, tau=tau, memory=0)),
     ),
     Method(
-        "fedavgm_2", "FedAvg with momentum, 2 steps", "two", ("η_l", "η_s"), _both((0.1, 0.2, 0.3), (1.0, 1.5, 2.0)),
+        "fedavgm_2", "FedAvg with momentum, 2 steps", "two", ("η_l", "η_s"),
+        {"lenet": ((0.1, 0.2, 0.3), (1.0, 1.5, 2.0)), "logistic": ((0.02, 0.05, 0.1), (2.0, 3.0, 4.0))},
         lambda rate, server: LocalSteps(rate, FedSgdMomentum(eta=server), steps=2), pooled=False,
     ),
     Method(
         "fedadam_2", "FedAdam, 2 steps", "two", ("η_l", "η"),
-        {"lenet": ((0.01, 0.03, 0.05), (0.01, 0.02, 0.03)), "logistic": ((0.05, 0.1, 0.2), (0.005, 0.01, 0.02))},
+        {"lenet": ((0.01, 0.03, 0.05), (0.01, 0.02, 0.03)), "logistic": ((0.02, 0.05, 0.1), (0.005, 0.01, 0.02))},
         lambda rate, eta: LocalSteps(rate, Adaptive(eta, 1e-5), steps=2, unit=2 * rate), pooled=False,
     ),
     Method(
         "fedyogi_2", "FedYogi, 2 steps", "two", ("η_l", "η"),
-        {"lenet": ((0.01, 0.03, 0.05), (0.01, 0.02, 0.03)), "logistic": ((0.05, 0.1, 0.2), (0.005, 0.01, 0.02))},
+        {"lenet": ((0.01, 0.03, 0.05), (0.01, 0.02, 0.03)), "logistic": ((0.02, 0.05, 0.1), (0.005, 0.01, 0.02))},
         lambda rate, eta: LocalSteps(rate, Adaptive(eta, 1e-5, yogi=True), steps=2, unit=2 * rate), pooled=False,
     ),
     Method(
-        "fedprox_2", "FedProx, 2 steps", "two", ("η_l", "µ"), _both((0.1, 0.2, 0.3), (0.01, 0.1, 1.0)),
+        "fedprox_2", "FedProx, 2 steps", "two", ("η_l", "µ"),
+        {"lenet": ((0.1, 0.2, 0.3), (0.01, 0.1, 1.0)), "logistic": ((0.1, 0.2, 0.3), (0.001, 0.01, 0.1))},
         lambda rate, mu: LocalSteps(rate, steps=2, proximal=mu), pooled=False,
     ),
     Method(
@@ -358,7 +360,8 @@ METHODS = (
         lambda rate, mu: LocalSteps(rate, proximal=mu), pooled=False,
     ),
     Method(
-        "scaffold", "SCAFFOLD", "epochs", ("η_l", "η_g"), _both((0.02, 0.05, 0.1), (0.7, 1.0, 1.4)),
+        "scaffold", "SCAFFOLD", "epochs", ("η_l", "η_g"),
+        {"lenet": ((0.02, 0.05, 0.1), (0.7, 1.0, 1.4)), "logistic": ((0.02, 0.05, 0.1), (1.0, 1.4, 2.0))},
         lambda rate, server: Scaffold(rate, server), vectors=(2, 2), pooled=False,
     ),
     Method(
