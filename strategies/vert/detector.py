@@ -20,7 +20,7 @@ import torch
 from fedllm.strategies.vert.course import Course
 from fedllm.strategies.vert.history import History
 from fedllm.strategies.vert.predict import Ladder, without_own
-from fedllm.strategies.vert.select import FEATURES, FOREIGN_SIZE, Yardstick, against_root, twins
+from fedllm.strategies.vert.select import FEATURES, FOREIGN_LOG_SIZE, Yardstick, against_root, twins
 from fedllm.strategies.vert.sketch import Sketch
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,7 +77,7 @@ class Detector:
         self.keep, self.warm_up, self.clip = keep, warm_up, clip
         self._history = History(size, len(FEATURES), window, clients)
         self._ladder = Ladder(seed)
-        self._yardstick, self._strangers = Yardstick(), Yardstick(FOREIGN_SIZE)
+        self._yardstick, self._strangers = Yardstick(), Yardstick(FOREIGN_LOG_SIZE)
         self._course = Course()
         self._judged = self._skipped = 0
 
@@ -102,6 +102,7 @@ class Detector:
         trusted = None if root is None else F.normalize(root.vector, dim=0)
         inputs = self._history.inputs(clients, trusted)
         alone = (self._ladder.predict(without_own(inputs), "temporal") * directions).sum(1)
+        evidence = self._evidence(clients, alone)
         known = self._history.rounds(clients) > 0
         scores = torch.where(known, (self._ladder.predict(inputs) * directions).sum(1), alone)
         begins = self._judged < self.warm_up
@@ -111,7 +112,7 @@ class Detector:
             # Few rounds say less of a client than a trusted update does.
             distances = against_root(directions @ trusted, features, root.norm)
         else:
-            distances = self._distances(clients, features, alone)
+            distances = self._distances(clients, features, known, evidence)
         distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
         predictor = self._ladder.chosen
         kept = self._select(distances, everybody=begins and root is None)
@@ -124,21 +125,22 @@ class Detector:
             self._course.learn(directions[kept])
         return Judgement(factors, scores, distances, predictor)
 
-    def _distances(self, clients: Sequence[str], features: Tensor, alone: Tensor) -> Tensor:
-        """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for.
+    def _evidence(self, clients: Sequence[str], alone: Tensor) -> Tensor:
+        """What all that a client has sent says of it, ``[n]``; negative: against it.
 
-        A client that was never accepted must not get in by chance in one of many rounds: what it sent in all of them
-        counts.
+        A client that was never accepted must not get in by chance in one of many rounds.
         """
-        known = self._history.rounds(clients) > 0
+        if self._strangers.level is None:
+            return torch.zeros(len(clients))
+        return self._history.weigh_evidence(clients, alone - self._strangers.level[0] / 2)
+
+    def _distances(self, clients: Sequence[str], features: Tensor, known: Tensor, evidence: Tensor) -> Tensor:
+        """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for."""
         offsets = self._history.offsets(clients)
         distances = torch.zeros(len(clients))
         distances[known] = self._yardstick.distances(features[known], offsets[known])
         distances[~known] = self._strangers.distances(features[~known], offsets[~known])
-        if self._strangers.level is not None:
-            evidence = self._history.weigh_evidence(clients, alone - self._strangers.level[0] / 2)
-            distances = torch.where(~known & (evidence < 0), distances + 1, distances)
-        return distances
+        return torch.where(~known & (evidence < 0), distances + 1, distances)
 
     @property
     def nbytes(self) -> int:

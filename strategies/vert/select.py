@@ -17,8 +17,8 @@ that is too high is a replay. The levels move with training, for instance becaus
 is part of the yardstick, and it is what an adaptive attacker can use.
 
 Where noise dominates, honest scores scatter around a small level and the yardstick alone would admit noise. A count
-decides then: if many more replies lie below half of the level than honest scatter explains, an attack is on, and all of
-them go. All of this is ours, not the paper's.
+decides then: if many more replies lie below half of the level than honest scatter explains, an attack is on, and they
+go, and those nearer to them than to the level. All of this is ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _TOLERANCE = torch.tensor([0.20, 0.45, 0.15])
 _FLOOR = torch.tensor([0.02, 0.04, 0.02])
 _SIGMAS = 4.0
 _BLEND = 0.5
-FOREIGN_SIZE = math.log(4)
-"""By how much a size may differ from a trusted update's, and a stranger's from what is expected, whatever scatters."""
+FOREIGN_LOG_SIZE = math.log(4)
+"""By how much a size may differ from a trusted update's, and a stranger's from what is expected, whatever scatters; a
+shift that nearly all strangers share, a factor of 2 at most, comes on top."""
 _COHORT, _SHIFT = 3, math.log(2)
 _ORIGINAL = 0.02
 """How much better than all of its copies an original is predicted at least; a lost original is a lost client."""
@@ -98,7 +99,8 @@ class Yardstick:
         if not too_many:
             return torch.zeros_like(below)
         between = (float(scores[below].median()) + level) / 2
-        return scores < max(level / 2, min(between, level - 2 * spread))
+        found = scores < max(level / 2, min(between, level - 2 * spread))
+        return below if bool(found.all()) else found
 
     def learn(self, features: Tensor, offsets: Tensor) -> Tensor:
         """Move towards the accepted replies of a round; returns their deviations from its level, ``[n, 3]``."""
@@ -149,14 +151,16 @@ def against_root(scores: Tensor, features: Tensor, root_norm: float) -> Tensor:
         root_norm: the trusted update's.
     """
     _, sizes, twin = features.T
-    off = (sizes - math.log(max(root_norm, 1e-30))).abs() / FOREIGN_SIZE
+    off = (sizes - math.log(max(root_norm, 1e-30))).abs() / FOREIGN_LOG_SIZE
     plausible = (off <= 1) & (twin <= COPY)
     best = float(scores[plausible].max()) if bool(plausible.any()) else 0.0
     if best <= 0:
-        return torch.full_like(scores, 2.0)
-    # A score of the best is at distance 0, a third of it at 1.
-    distances = torch.maximum(1.5 * (1 - scores / best), off).clamp_min(0)
-    return torch.where(plausible, distances, distances + 1)
+        distances = torch.full_like(scores, 2.0)
+    else:  # a score of the best is at distance 0, a third of it at 1
+        distances = torch.maximum(1.5 * (1 - scores / best), off).clamp_min(0)
+        distances = torch.where(plausible, distances, distances + 1)
+    distances[twin > COPY] = math.inf
+    return distances
 
 
 def twins(directions: Tensor, scores: Tensor, settle: bool = False) -> Tensor:

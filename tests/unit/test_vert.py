@@ -8,7 +8,7 @@ import torch
 from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.vert.detector import Detector
 from fedllm.strategies.vert.predict import Ladder
-from fedllm.strategies.vert.select import FOREIGN_SIZE, Yardstick, twins
+from fedllm.strategies.vert.select import FOREIGN_LOG_SIZE, Yardstick, against_root, twins
 from fedllm.strategies.vert.sketch import Sketch
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ConfigRecord
@@ -557,7 +557,7 @@ def test_however_sizes_scatter_ten_times_the_expected_one_is_suspicious_of_a_str
     nothing = torch.zeros(5, 3)
     sizes = torch.tensor([-1.3, -0.6, 0.0, 0.6, 1.3])
     features = torch.stack([torch.full((5,), 0.6), sizes, torch.full((5,), 0.3)], 1)
-    strangers, known = Yardstick(FOREIGN_SIZE), Yardstick()
+    strangers, known = Yardstick(FOREIGN_LOG_SIZE), Yardstick()
     for yardstick in (strangers, known):
         yardstick.learn(features, nothing)
         assert bool((yardstick.distances(features, nothing) <= 1).all())
@@ -579,4 +579,60 @@ def test_who_is_nearer_to_a_crowd_of_strangely_low_scores_than_to_the_level_goes
 
     assert suspicious(0.39, crowd)
     assert not suspicious(0.60, crowd)
+    assert not suspicious(
+        0.56, crowd + 0.03
+    )  # nearer to the crowd's 0.27 or not: within twice the honest spread
+    assert not suspicious(0.38, -crowd)  # a crowd of negative scores does not widen what is allowed
     assert not suspicious(0.39, torch.full((15,), 0.74))  # nobody else is strange: a score like this happens
+
+
+def test_if_all_scores_sink_it_is_the_level_that_has_moved():
+    yardstick = Yardstick()
+    scores = torch.linspace(0.5, 0.7, 20)
+    yardstick.learn(torch.stack([scores, torch.zeros(20), torch.full((20,), 0.3)], 1), torch.zeros(20, 3))
+    below = torch.cat([torch.linspace(0.20, 0.29, 17), torch.tensor([0.31, 0.33, 0.36])])
+    noise = yardstick._noise(below)
+    assert noise.tolist() == [True] * 17 + [False] * 3
+
+
+def test_against_a_trusted_update_copies_never_come_in_however_wide_the_yardstick():
+    features = torch.tensor([[0.0, 0.0, 0.3], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    for scores in ([0.5, 0.9, 0.9], [-0.1, 0.9, 0.9]):
+        distances = against_root(torch.tensor(scores), features, 1.0)
+        assert torch.isinf(distances).tolist() == [False, True, True]
+
+
+def test_what_a_stranger_sent_in_the_trusted_first_rounds_counts_against_it_later():
+    """Rejected in four rounds, one compliant reply does not make it one of the others."""
+
+    def kept_at_last(before):
+        detector, common = Detector(Q, warm_up=4), normal(1, shape=(Q,))
+        for server_round in range(1, 6):
+            rows = [common + normal(server_round, c, shape=(Q,)) for c in range(6)]
+            last = common + normal(server_round, 9, shape=(Q,))
+            rows.append(last if server_round == 5 else before(last))
+            sketches = torch.stack(rows)
+            names = [*"abcdef", "stranger"]
+            root = Sketch(common, float(common.norm()))
+            found = detector.judge(server_round, names, sketches, sketches.norm(dim=1), root)
+        return found.kept.tolist()
+
+    assert kept_at_last(lambda update: 20 * update) == [True] * 7  # too long until now, but the right way
+    assert kept_at_last(lambda update: -update) == [True] * 6 + [False]
+
+
+def test_a_newcomer_of_ten_times_the_size_is_rejected_where_sizes_scatter_and_a_known_client_is_not():
+    detector, common = Detector(Q), normal(1, shape=(Q,))
+    generator = torch.Generator().manual_seed(1)
+    for server_round in range(1, 9):
+        factors = torch.empty(10).log_normal_(0, 1, generator=generator)
+        factors[9] = 10.0 * factors[:9].median()
+        names = [str(c) for c in range(10)]
+        if server_round == 8:
+            names[8] = "newcomer"
+            factors[8] = 10.0 * factors[:8].median()
+        rows = [f * (common + normal(server_round, c, shape=(Q,))) for c, f in enumerate(factors)]
+        sketches = torch.stack(rows)
+        found = detector.judge(server_round, names, sketches, sketches.norm(dim=1))
+    assert not bool(found.kept[8])
+    assert bool(found.kept[9])
