@@ -259,6 +259,13 @@ def identity_of(method: Method, args: Any, limits: tuple[int, int, float]) -> st
     )
 
 
+def write(path: Path, known: Mapping[str, Any]) -> None:
+    """Keep what is finished; a file is whole or the one before."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(known, indent=1))
+    part.replace(path)
+
+
 def main() -> None:
     args = arguments(
         __doc__ or "",
@@ -288,7 +295,7 @@ def main() -> None:
     cache.mkdir(parents=True, exist_ok=True)
     for key in args.methods.split(","):
         method = METHODS[key]
-        path = cache / f"{key}.json"
+        path = cache / f"{key}{'-quick' if quick else ''}.json"
         identity = identity_of(method, args, (passes, rounds, target))
         known: dict[str, Any] = {"identity": identity, "trials": {}, "runs": {}}
         if path.is_file() and (stored := json.loads(path.read_text()))["identity"] == identity:
@@ -301,7 +308,7 @@ def main() -> None:
                 known["trials"][f"{rate:g}"] = play(
                     federation, method, rate, target, limit, f"trial {rate:g}"
                 )
-                path.write_text(json.dumps(known, indent=1))
+                write(path, known)
         best = min(
             known["trials"],
             key=lambda r: (known["trials"][r]["rounds"] or math.inf, -known["trials"][r]["best"]),
@@ -312,7 +319,7 @@ def main() -> None:
                 known["runs"][str(seed)] = play(
                     federation, method, float(best), target, rounds, f"seed {seed}"
                 )
-                path.write_text(json.dumps(known, indent=1))
+                write(path, known)
         runs = [known["runs"][str(seed)] for seed in seeds]
         done = [run["rounds"] for run in runs if run["rounds"] is not None]
         whole = len(done) == len(runs)

@@ -443,9 +443,13 @@ class RunConfig(Section):
         return flat
 
     def fingerprint(self, without: frozenset[str] = frozenset()) -> str:
-        """Hash of everything that decides a run's numbers; a checkpoint of another fingerprint is refused.
+        """Hash of :meth:`deciding`; a checkpoint of another fingerprint is refused."""
+        return hashlib.sha256(json.dumps(self.deciding(without), sort_keys=True).encode()).hexdigest()[:16]
 
-        Left out are the keys that may change between a run and its continuation: the number of rounds, where results
+    def deciding(self, without: frozenset[str] = frozenset()) -> dict[str, Scalar]:
+        """The keys that decide a run's numbers.
+
+        Left out are those that may change between a run and its continuation: the number of rounds, where results
         go, and how long the server waits; and the tables of plug-ins named in ``without``.
         """
         free = (
@@ -467,8 +471,7 @@ class RunConfig(Section):
             "model.cache-bundles",
             *(f"{table}." for table in without),
         )
-        kept = {key: value for key, value in self.to_flat().items() if not key.startswith(free)}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+        return {key: value for key, value in self.to_flat().items() if not key.startswith(free)}
 
 
 def _to_scalar(value: Any) -> Scalar:

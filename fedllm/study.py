@@ -8,12 +8,10 @@ from pathlib import Path
 
 from fedllm import registry
 from fedllm.app_config import read_app, read_saved, resolve
-from fedllm.config import Scalar
+from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, FedLLMError
 from fedllm.history import RunHistory
 from fedllm.report import load_run
-
-_OF_THE_MACHINE = ("run.", "server.min-nodes")
 
 
 def finished_run(app: Path, folder: Path, settings: str) -> RunHistory:
@@ -22,16 +20,17 @@ def finished_run(app: Path, folder: Path, settings: str) -> RunHistory:
     Args:
         app: folder of the Flower app.
         folder: of the run, which is named after it.
-        settings: keys of the configuration, as ``fedllm simulate -c`` takes them.
+        settings: pairs of keys and values, as ``fedllm simulate -c`` takes them.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration, or a key or value is wrong.
+        ConfigError: a key or value is wrong, or the folder holds a run whose numbers another configuration decided.
         FedLLMError: the simulation failed; what it has finished is kept, and is gone on with in the next call.
     """
     folder = folder.resolve()
+    asked = registry.config_from_flat(resolve(read_app(app), [settings]))
     begun = (folder / "events.jsonl").exists()
     if begun:
-        _check_same(app, folder, settings)
+        _check_same(folder, asked)
     if not begun or load_run(folder).status != "finished":
         command = [sys.executable, "-m", "fedllm", "simulate", str(app)]
         command += ["--resume" if begun else "--name", folder.name]
@@ -41,17 +40,20 @@ def finished_run(app: Path, folder: Path, settings: str) -> RunHistory:
     return load_run(folder)
 
 
-def _check_same(app: Path, folder: Path, settings: str) -> None:
-    asked = registry.config_from_flat(resolve(read_app(app), [settings])).to_flat()
-    made = read_saved(folder)
-    if different := [key for key in sorted({*asked, *made}) if _differs(key, asked, made)]:
+def _check_same(folder: Path, asked: RunConfig) -> None:
+    made = registry.config_from_flat(read_saved(folder))
+    idle = frozenset({*asked.plugins, *made.plugins} - _plugins(asked) - _plugins(made))
+    ours, theirs = ({**config.deciding(idle), "rounds": config.rounds} for config in (asked, made))
+    if different := [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]:
         key = different[0]
         raise ConfigError(
-            f"{folder} holds a run with {key} = {made.get(key)!r}, and {asked.get(key)!r} is asked for"
+            f"{folder} holds a run with {key} = {theirs.get(key)!r}, and {ours.get(key)!r} is asked for"
             + (f" ({len(different)} keys differ)" if len(different) > 1 else "")
             + "; remove it or choose another folder"
         )
 
 
-def _differs(key: str, asked: dict[str, Scalar], made: dict[str, Scalar]) -> bool:
-    return not key.startswith(_OF_THE_MACHINE) and asked.get(key) != made.get(key)
+def _plugins(config: RunConfig) -> set[str]:
+    """Tables of the plug-ins that take part in the numbers."""
+    refs = (config.strategy, config.client, config.defence, config.attack)
+    return {registry.parameter_table(ref) for ref in refs}

@@ -8,7 +8,8 @@ H_a is taken (saddle-free): with H_a = Q Λ Qᵀ and a metric D (the identity un
     p = (|H_a| + ρD)⁻¹ m = D⁻¹ [ m − Y A diag(|λ|/(|λ| + ρ)) Aᵀ Yᵀ D⁻¹ m ] / ρ,
 
 where Y A spans the eigenvectors of H_a in the metric. One pass over the k pairs gives two k×k matrices, everything else
-is small: O(d k) memory, one pass of O(d k²) multiplications a round and two of O(d k).
+is small: O(d k) memory; a direction takes one pass of O(d k²) multiplications and one of O(d k). Taking in a pair and
+choosing what to ask for are passes of O(d k) too, for which the inner products of the directions are kept.
 """
 
 from __future__ import annotations
@@ -215,9 +216,12 @@ class CurvatureMemory:
 
     def _rows(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of Y as float64 ``[k, block]``, bias-corrected; a block's memory is that of the one before."""
-        corrections = torch.tensor([pair.product.correction for pair in self._pairs], dtype=torch.float64)
-        for part, rows in _stacked([pair.row for pair in self._pairs], size):
-            yield part, rows.mul_(corrections.to(rows.device)[:, None])
+        rows_of = [pair.row for pair in self._pairs]
+        device = rows_of[0].device if rows_of else None
+        corrections = [pair.product.correction for pair in self._pairs]
+        factors = torch.tensor(corrections, dtype=torch.float64, device=device)[:, None]
+        for part, rows in _stacked(rows_of, size):
+            yield part, rows.mul_(factors)
 
     def _eigenpairs(
         self, momentum: Tensor, rho: float, metric: Metric | None, scale: float

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from fedllm import registry, study
-from fedllm.app_config import nest
 from fedllm.errors import ConfigError, FedLLMError
 from tests.sample_run import Script, finished_run, save
 
@@ -22,17 +21,15 @@ clientapp = "fedllm.client_app:app"
 rounds = 3
 model.name = "tiny-random:bert"
 """
-CONFIG = nest(
-    registry.config_from_flat(
-        {
-            "rounds": 3,
-            "model.name": "tiny-random:bert",
-            "lora.rank": 4,
-            "run.name": "a",
-            "server.min-nodes": 9,
-        }
-    ).to_flat()
-)
+CONFIG = registry.config_from_flat(
+    {
+        "rounds": 3,
+        "model.name": "tiny-random:bert",
+        "lora.rank": 4,
+        "run.name": "a",
+        "server.min-nodes": 9,
+    }
+).to_flat()
 
 
 @pytest.fixture
@@ -82,6 +79,20 @@ def test_a_run_with_another_configuration_is_not_taken_for_this_one(app, tmp_pat
     key = "rounds = 3, and 5" if "rounds" in settings else "lora.rank = 4, and "
     with pytest.raises(ConfigError, match=key):
         study.finished_run(app, tmp_path / "runs" / "a", settings)
+    assert not simulated.commands
+
+
+@pytest.mark.parametrize("free", ["vert.keep=2", "server.node-timeout=9.0", 'run.sinks="console"'])
+def test_keys_that_decide_no_number_may_differ(app, tmp_path, simulated, free):
+    """Also the table of a plug-in that takes no part."""
+    save(simulated.events, tmp_path / "runs" / "a", CONFIG)
+    assert study.finished_run(app, tmp_path / "runs" / "a", f"lora.rank=4 {free}").status == "finished"
+    assert not simulated.commands
+
+
+def test_a_wrong_key_is_refused_before_anything_starts(app, tmp_path, simulated):
+    with pytest.raises(ConfigError, match=r"lora\.rang"):
+        study.finished_run(app, tmp_path / "runs" / "b", "lora.rang=4")
     assert not simulated.commands
 
 
