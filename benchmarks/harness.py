@@ -24,6 +24,29 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 """A log has no width of its own."""
 
 
+class Progress:
+    """What is finished, in a file that is written after every run.
+
+    Args:
+        path: the file.
+        identity: what the results depend on; a file with another one is begun anew.
+        empty: what the content is to begin with.
+    """
+
+    def __init__(self, path: Path, identity: str, **empty: Any) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"identity": identity, **empty}
+        if path.is_file() and (stored := json.loads(path.read_text()))["identity"] == identity:
+            self.content = stored
+
+    def write(self) -> None:
+        """Replace the file at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.content, indent=1))
+        temporary.replace(self.path)
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside the options, and the description in its own lines."""
 

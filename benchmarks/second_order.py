@@ -21,7 +21,6 @@ What is finished stands in ``--cache``, one file for each (network, clients, met
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from typing import Any
 import mnist
 import torch
 from code_identity import code_identity
-from harness import arguments, console, report
+from harness import Progress, arguments, console, report
 from second_order_methods import METHODS, Method, Pair, Problem
 
 from fedllm.seeding import derive_seed
@@ -113,28 +112,6 @@ def play(
     return Run(reached.get("accuracy"), reached.get("loss"), seconds / number, number, top)
 
 
-class Progress:
-    """What is known of a method in a setting, in a file that is written after every run.
-
-    Args:
-        path: the file.
-        identity: what the results depend on; a file with another one is begun anew.
-    """
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {"identity": identity, "trials": [], "runs": {}}
-        if path.is_file() and (stored := json.loads(path.read_text()))["identity"] == identity:
-            self.content = stored
-
-    def write(self) -> None:
-        """Replace the file at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(self.content, indent=1))
-        temporary.replace(self.path)
-
-
 def without_test_rows(digits: mnist.Digits) -> mnist.Digits:
     """The training examples alone, the first of them (in random order already) held out in place of the test's."""
     count = round(VALIDATION * len(digits.train_y))
@@ -184,7 +161,9 @@ def progress_of(setting: Setting, method: Method, args: Any) -> Progress:
     """What is known of a method in a setting."""
     clients = "pooled" if method.pooled else str(setting.clients)
     name = f"{setting.network}-{clients}-{method.key}{'-quick' if args.quick else ''}.json"
-    return Progress(Path(args.cache) / name, _identity(setting, method, tuning_seed(args), args.quick))
+    return Progress(
+        Path(args.cache) / name, _identity(setting, method, tuning_seed(args), args.quick), trials=[], runs={}
+    )
 
 
 def known(setting: Setting, method: Method, seeds: Sequence[int], args: Any) -> tuple[Pair, list[Run]] | None:

@@ -11,13 +11,12 @@ same ones for every method; a client's weight is the number of rows that it hold
 other rows take part; ``fagh`` and ``fagh_opt`` do without both.
 
 Each method tries the same number of settings of its step size on a seed of its own; a trial is broken off when another
-one was as fast. What is finished stands in
-``--cache``, one file for each method, whose identity is the configuration and the code that the method runs.
+one was as fast. What is finished stands in ``--cache``, one file for each method, whose identity is the configuration
+and the code that the method runs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from fedllm.clients.second_order import BackpropAndHessianRow, FullGradient, Gra
 from fedllm.strategies.second_order.optimizer import flatten, moved, unflatten
 from fedllm.strategies.second_order.rank_k import Fagh
 from fedllm.strategies.second_order.updates import Sofim
-from harness import arguments, console, report
+from harness import Progress, arguments, console, report
 from second_order_methods import Adaptive
 
 from fedllm.config import RunConfig
@@ -259,13 +258,6 @@ def identity_of(method: Method, args: Any, limits: tuple[int, int, float]) -> st
     )
 
 
-def write(path: Path, known: Mapping[str, Any]) -> None:
-    """Keep what is finished; a file is whole or the one before."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(known, indent=1))
-    part.replace(path)
-
-
 def main() -> None:
     args = arguments(
         __doc__ or "",
@@ -291,15 +283,12 @@ def main() -> None:
     tuning = derive_seed(args.seed, "tuning") % 1_000_000
     figures: dict[str, Any] = {"target": target, "passes_per_client": passes, "seeds": len(seeds)}
     rows: list[Sequence[object]] = [("", f"rounds to {target:g}", "best accuracy", "seconds a round", "rate")]
-    cache = Path(args.cache)
-    cache.mkdir(parents=True, exist_ok=True)
     for key in args.methods.split(","):
         method = METHODS[key]
-        path = cache / f"{key}{'-quick' if quick else ''}.json"
         identity = identity_of(method, args, (passes, rounds, target))
-        known: dict[str, Any] = {"identity": identity, "trials": {}, "runs": {}}
-        if path.is_file() and (stored := json.loads(path.read_text()))["identity"] == identity:
-            known = stored
+        path = Path(args.cache) / f"{key}{'-quick' if quick else ''}.json"
+        progress = Progress(path, identity, trials={}, runs={})
+        known = progress.content
         console.print(f"[bold]{method.title}[/bold]")
         for rate in method.rates[1:2] if quick else method.rates:
             if f"{rate:g}" not in known["trials"]:
@@ -308,7 +297,7 @@ def main() -> None:
                 known["trials"][f"{rate:g}"] = play(
                     federation, method, rate, target, limit, f"trial {rate:g}"
                 )
-                write(path, known)
+                progress.write()
         best = min(
             known["trials"],
             key=lambda r: (known["trials"][r]["rounds"] or math.inf, -known["trials"][r]["best"]),
@@ -319,7 +308,7 @@ def main() -> None:
                 known["runs"][str(seed)] = play(
                     federation, method, float(best), target, rounds, f"seed {seed}"
                 )
-                write(path, known)
+                progress.write()
         runs = [known["runs"][str(seed)] for seed in seeds]
         done = [run["rounds"] for run in runs if run["rounds"] is not None]
         whole = len(done) == len(runs)

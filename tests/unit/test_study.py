@@ -6,21 +6,9 @@ import pytest
 
 from fedllm import registry, study
 from fedllm.errors import ConfigError, FedLLMError
+from tests.e2e.tiny_app import write_app
 from tests.sample_run import Script, finished_run, save
 
-APP = """
-[project]
-name = "app"
-version = "1.0"
-[tool.flwr.app]
-publisher = "me"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
-rounds = 3
-model.name = "tiny-random:bert"
-"""
 CONFIG = registry.config_from_flat(
     {
         "rounds": 3,
@@ -34,9 +22,7 @@ CONFIG = registry.config_from_flat(
 
 @pytest.fixture
 def app(tmp_path):
-    (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "pyproject.toml").write_text(APP)
-    return tmp_path / "app"
+    return write_app(tmp_path / "app", 'rounds = 3\nmodel.name = "tiny-random:bert"\n')
 
 
 @pytest.fixture

@@ -579,9 +579,7 @@ def test_who_is_nearer_to_a_crowd_of_strangely_low_scores_than_to_the_level_goes
 
     assert suspicious(0.39, crowd)
     assert not suspicious(0.60, crowd)
-    assert not suspicious(
-        0.56, crowd + 0.03
-    )  # nearer to the crowd's 0.27 or not: within twice the honest spread
+    assert not suspicious(0.56, crowd + 0.03)  # still nearer to the level
     assert not suspicious(0.38, -crowd)  # a crowd of negative scores does not widen what is allowed
     assert not suspicious(0.39, torch.full((15,), 0.74))  # nobody else is strange: a score like this happens
 
