@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 _DIRECTION, _USUAL = 0.15, 0.1
 """Shares of the newest round in the slow mean and in the usual agreement."""
-_SHARE = 0.5
+_SHARE, _CARRIED = 0.5, 0.6
+"""Shares of the usual agreement: what the kept must reach, and a crowd of low scores that is only noisy."""
 _LEAST, _NOISE = 0.2, 0.01
 """Usual agreement below which there is no course to hold; cosine of two replies below which they are only noise."""
 
@@ -62,6 +63,13 @@ class Course:
         if enough:
             held[order[: enough[-1] + 1]] = True
         return held
+
+    def carries(self, crowd: Tensor) -> bool:
+        """Whether what a crowd's directions ``[n, q]`` have in common follows the course, however noisy each is."""
+        if self._usual is None or self._usual < _LEAST or len(crowd) < 2:
+            return False
+        found = self._denoised(self.agreement(crowd).mean(), _alike(crowd)[-1])
+        return float(found) >= _CARRIED * self._usual
 
     def learn(self, directions: Tensor) -> None:
         """Move towards the accepted directions ``[n, q]`` of a round; begin anew if they needed relief."""

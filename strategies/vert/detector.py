@@ -112,7 +112,7 @@ class Detector:
             # Few rounds say less of a client than a trusted update does.
             distances = against_root(directions @ trusted, features, root.norm)
         else:
-            distances = self._distances(clients, features, known, evidence)
+            distances = self._distances(clients, features, directions, known, evidence)
         distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
         predictor = self._ladder.chosen
         kept = self._select(distances, everybody=begins and root is None)
@@ -134,12 +134,17 @@ class Detector:
             return torch.zeros(len(clients))
         return self._history.weigh_evidence(clients, alone - self._strangers.level[0] / 2)
 
-    def _distances(self, clients: Sequence[str], features: Tensor, known: Tensor, evidence: Tensor) -> Tensor:
+    def _distances(
+        self, clients: Sequence[str], features: Tensor, directions: Tensor, known: Tensor, evidence: Tensor
+    ) -> Tensor:
         """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for."""
         offsets = self._history.offsets(clients)
         distances = torch.zeros(len(clients))
-        distances[known] = self._yardstick.distances(features[known], offsets[known])
-        distances[~known] = self._strangers.distances(features[~known], offsets[~known])
+        for yardstick, ours in ((self._yardstick, known), (self._strangers, ~known)):
+            found = yardstick.distances(features[ours], offsets[ours])
+            crowd = yardstick.crowd(features[ours], offsets[ours])
+            hostile = crowd & (not self._course.carries(directions[ours][crowd]))
+            distances[ours] = torch.where(hostile, found + 1, found)
         return torch.where(~known & (evidence < 0), distances + 1, distances)
 
     @property

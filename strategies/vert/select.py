@@ -17,8 +17,9 @@ that is too high is a replay. The levels move with training, for instance becaus
 is part of the yardstick, and it is what an adaptive attacker can use.
 
 Where noise dominates, honest scores scatter around a small level and the yardstick alone would admit noise. A count
-decides then: if many more replies lie below half of the level than honest scatter explains, an attack is on, and they
-go, and those nearer to them than to the level. All of this is ours, not the paper's.
+decides then: if many more replies lie below half of the level than honest scatter explains, they are a crowd, together
+with those nearer to them than to the level. It goes unless what it has in common follows the course of training, as in
+honest replies whose scores sink because training settles. All of this is ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -78,17 +79,22 @@ class Yardstick:
             [sunk, rest[:, 0] / allowed[0], rest[:, 1].abs() / allowed[1], rest[:, 2] / allowed[2]], 1
         ).amax(1)
         distances = distances.clamp_min(0)
-        distances = torch.where(self._noise(features[:, 0] - offsets[:, 0]), distances + 1, distances)
         if float(self.level[2] + _SIGMAS * self.spread[2]) < COPY:
             distances[features[:, 2] > COPY] = math.inf
         return distances
 
-    def _noise(self, scores: Tensor) -> Tensor:
-        """Which scores ``[n]`` lie below half of the level, if too many do for honest scatter; else none.
+    def crowd(self, features: Tensor, offsets: Tensor) -> Tensor:
+        """Whose scores ``[n]`` lie below half of the level, if too many do for honest scatter; else nobody's.
 
-        Then those go, too, that are nearer to them than to the level, and beyond twice the honest spread of it.
+        With them are those who are nearer to them than to the level, and beyond twice the honest spread of it.
+
+        Args:
+            features: ``[n, 3]`` in the order of :data:`FEATURES`.
+            offsets: how each client usually differs from the level, ``[n, 3]``.
         """
-        assert self.level is not None
+        scores = features[:, 0] - offsets[:, 0]
+        if self.level is None:
+            return torch.zeros(len(scores), dtype=torch.bool)
         level, spread = float(self.level[0]), float(torch.maximum(self.spread, _FLOOR)[0])
         below = scores < level / 2
         share = NormalDist().cdf(-level / 2 / spread)

@@ -66,6 +66,39 @@ def test_noise_has_no_course():
     assert course(agree=0.0).hold(everybody(directions), directions, 1.0).all()
 
 
+def test_a_noisy_crowd_follows_the_course_and_a_hostile_one_does_not():
+    found = course()
+    assert found.carries(replies(13, 0.2, "noisy"))
+    assert not found.carries(replies(13, 0.0, "noise"))
+    assert not found.carries(replies(13, -0.3, "turned"))
+    alike = 0.2 * FIRST + 0.6 * replies(1, 0.0, "elsewhere") + 0.2 * replies(13, 0.0, "own")
+    assert not found.carries(F.normalize(alike, dim=1))
+    assert not found.carries(replies(1, 0.5, "one"))
+    assert not Course().carries(replies(13, 0.5, "nothing yet"))
+    assert not course(agree=0.0).carries(replies(13, 0.5, "noise has no course"))
+
+
+def test_honest_scores_that_sink_as_training_settles_are_no_attack():
+    """Half of the signal goes from one round to the next; most scores then lie below half of what they were."""
+    detector = Detector(Q)
+    for server_round in range(1, 6):
+        judge(detector, server_round, honest(server_round, common=0.6, own=0.2, noise=1.0))
+    for server_round in range(6, 11):
+        assert judge(detector, server_round, honest(server_round, common=0.3, own=0.1, noise=1.0)).kept.all()
+
+
+def test_noise_in_place_of_most_replies_is_rejected_also_when_scores_are_small():
+    detector = Detector(Q)
+    for server_round in range(1, 11):
+        updates = honest(server_round, common=0.4, own=0.1, noise=1.0)
+        if server_round > 5:
+            updates[4:] = normal("noise", server_round, shape=(16, Q)) * updates.norm() / (N * Q) ** 0.5
+        kept = judge(detector, server_round, updates).kept
+        if server_round > 5:  # one of 16 may resemble a reply by chance
+            assert kept[4:].sum() <= 1
+            assert kept[:4].sum() >= 3
+
+
 def test_a_course_survives_a_checkpoint():
     first, second = course(), Course()
     second.load_state_dict(first.state_dict())
