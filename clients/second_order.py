@@ -39,7 +39,7 @@ class FullGradient:
     def run(self, job: TrainJob) -> TrainResult:
         """Compute the gradient at the adapter that was sent; if the loss is not finite there, only say so."""
         try:
-            found = _curvature(job, None, "double-backward", 0.0)
+            found = _curvature(job, None, "double-backward", 0.0, "gradient")
         except NonFiniteLossError as error:
             return _not_finite(job, error, self.sends)
         return _result(job, found, evaluations=1)
@@ -73,7 +73,7 @@ class GradientAndHessianRow:
         """
         direction = job.inputs.get(HESSIAN_DIRECTION)
         try:
-            found = _curvature(job, direction, self.hessian, self.epsilon)
+            found = _curvature(job, direction, self.hessian, self.epsilon, "gradient-and-hessian-row")
         except NonFiniteLossError as error:
             return _not_finite(job, error, self.sends)
         extra = 1 if self.hessian == "double-backward" else 2
@@ -110,7 +110,9 @@ class BackpropAndHessianRow(Backprop):
             TrainError: as of :meth:`GradientAndHessianRow.run` and :meth:`fedllm.clients.backprop.Backprop.run`.
         """
         try:
-            before = _curvature(job, job.inputs.get(HESSIAN_DIRECTION), self.hessian, self.epsilon)
+            before = _curvature(
+                job, job.inputs.get(HESSIAN_DIRECTION), self.hessian, self.epsilon, "backprop-and-hessian-row"
+            )
         except NonFiniteLossError as error:
             return _not_finite(job, error, ADAPTER)
         result = super().run(job)
@@ -124,9 +126,16 @@ class BackpropAndHessianRow(Backprop):
 
 
 def _curvature(
-    job: TrainJob, direction: Mapping[str, Tensor] | None, method: HvpMethod, epsilon: float
+    job: TrainJob, direction: Mapping[str, Tensor] | None, method: HvpMethod, epsilon: float, key: str
 ) -> Curvature:
+    """Gradient and product over all examples; errors name the client, the model, and the key to set."""
     parameters = owned_parameters(job)
+    advice = f"set {key}.hessian=central-difference, or model.attention=eager"
+    where = f"client {job.node}, round {job.round}, model {job.bundle.config.name}"
+    attention = str(getattr(job.bundle.model.config, "_attn_implementation", ""))
+    if direction is not None and method == "double-backward" and attention.startswith("flash"):
+        # Some of its kernels say nothing and leave the product without their part.
+        raise TrainError(f"{where}: {NO_DOUBLE_BACKWARD}: its attention is {attention}; {advice}")
     with training(job, parameters, dropout=False):
         try:
             return gradient_and_hvp(
@@ -138,14 +147,8 @@ def _curvature(
                 epsilon=epsilon,
             )
         except TrainError as error:
-            advice = (
-                "; set gradient-and-hessian-row.hessian=central-difference, or model.attention=eager"
-                if NO_DOUBLE_BACKWARD in str(error)
-                else ""
-            )
-            raise type(error)(
-                f"client {job.node}, round {job.round}, model {job.bundle.config.name}: {error}{advice}"
-            ) from error
+            way_out = f"; {advice}" if NO_DOUBLE_BACKWARD in str(error) else ""
+            raise type(error)(f"{where}: {error}{way_out}") from error
 
 
 def _batches(job: TrainJob) -> Iterator[tuple[Batch, float]]:

@@ -21,7 +21,13 @@ from fedllm.errors import NonFiniteLossError, TrainError
 Batch = TypeVar("Batch")
 HvpMethod = Literal["double-backward", "central-difference"]
 NO_DOUBLE_BACKWARD = "the backward pass of this model cannot be differentiated"
-_NOT_TWICE = ("is not implemented", "once_differentiable", "does not require grad", "not have been used")
+_NOT_TWICE = (
+    "is not implemented",
+    "once_differentiable",
+    "does not require grad",
+    "not have been used",
+    "no autograd formula",
+)
 """Parts of what torch says when a backward pass cannot itself be differentiated."""
 
 
@@ -79,6 +85,7 @@ def gradient_and_hvp(
         exact = product is not None and method == "double-backward"
         with math_attention() if exact else _nothing():
             value = loss(batch)
+        _refuse_reentrant_checkpoints(value)
         if not bool(torch.isfinite(value)):
             raise NonFiniteLossError(f"the loss is {value.item()}; the gradient at this point is of no use")
         first = _gradients(value, parameters, create_graph=exact)
@@ -168,15 +175,32 @@ def _refuse_error_nodes(value: Tensor) -> None:
     They raise when they are reached, but ``autograd.grad`` skips what does not lead to the parameters: the product
     would lack their part without a word.
     """
+    if "Error" in _node_names(value):
+        raise RuntimeError("a function of the model is marked with @once_differentiable")
+
+
+def _refuse_reentrant_checkpoints(value: Tensor) -> None:
+    """Their parameters get no gradient from ``autograd.grad``, and nothing says so.
+
+    Raises:
+        TrainError: the loss went through one.
+    """
+    if "CheckpointFunctionBackward" in _node_names(value):
+        raise TrainError(
+            "the model checkpoints activations in torch's reentrant form, whose gradients cannot be asked for: use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
+def _node_names(value: Tensor) -> set[str]:
+    """Types of all nodes of a graph."""
     seen, open_nodes = set[Any](), [value.grad_fn]
     while open_nodes:
         node = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "Error":
-            raise RuntimeError("a function of the model is marked with @once_differentiable")
-        seen.add(node)
-        open_nodes.extend(following for following, _ in node.next_functions)
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_nodes.extend(following for following, _ in node.next_functions)
+    return {type(node).__name__ for node in seen}
 
 
 def _central_difference(

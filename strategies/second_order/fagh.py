@@ -163,13 +163,32 @@ class FAGHOpt(FAGH):
     For the client update ``backprop-and-hessian-row``. The product is older than the pseudo-gradient by the local
     steps, and the pseudo-gradient is no gradient of one point: a practical hybrid without the paper's analysis.
 
+    The moves stand for gradients only if the clients take plain steps: ``backprop-and-hessian-row.optimizer = "sgd"``.
+
     Args:
-        local_scale: the clients' learning rate times their steps, by which their moves are divided.
+        local_scale: the clients' learning rate times their steps, by which their moves are divided. None: that of the
+            run's configuration where ``train.local-steps`` is set; elsewhere 1, which a run warns of.
         kwargs: keywords of :class:`FAGH`.
     """
 
     reads: ClassVar[ReplyKind] = ADAPTER
 
-    def __init__(self, *, local_scale: Positive = 1.0, **kwargs: Any) -> None:
-        self._pseudo = local_scale
+    def __init__(self, *, local_scale: Positive | None = None, **kwargs: Any) -> None:
+        self._pseudo = local_scale or 1.0
+        self._scale_is_given = local_scale is not None
         super().__init__(**kwargs)
+
+    def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
+        """Take the scale of the clients' moves from the configuration, or say that it is not known."""
+        super().prepare(config, bundle, events)
+        if self._scale_is_given:
+            return
+        if config.train.local_steps:
+            self._optimizer.pseudo = config.train.learning_rate * config.train.local_steps
+            return
+        events.emit(
+            "warning",
+            message="fagh-opt.local-scale is not set and train.local-steps is 0, so the clients' moves do not have a "
+            "gradient's size, and curvature and moves do not fit: set train.local-steps, or local-scale to the "
+            "learning rate times the usual number of steps",
+        )

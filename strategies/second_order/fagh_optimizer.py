@@ -83,13 +83,14 @@ class FaghOptimizer:
         pseudo: 0: the replies are gradients; else they are adapters, see :func:`.optimizer.mean_gradient`.
 
     Attributes:
+        pseudo: as above; may be set before the first step.
         taken_back: why this round took the last step back; empty if it did not.
     """
 
     def __init__(self, update: Fagh | FaghPaper, codec: Codec, pseudo: float = 0.0) -> None:
         self.update = update
         self._codec = codec
-        self._pseudo = pseudo
+        self.pseudo = pseudo
         self._direction: Tensor | int | None = None
         self._folding = GradientAndRowMean(False)
         self._origin: Mapping[str, Tensor] = {}
@@ -136,7 +137,7 @@ class FaghOptimizer:
         """
         row = self._folding.row()
         flat_row = None if row is None else flatten(row, current)
-        gradient = mean_gradient(current, folded, self._pseudo) if folded else None
+        gradient = mean_gradient(current, folded, self.pseudo) if folded else None
         losses = self._folding.losses or None
         if isinstance(self.update, FaghPaper):
             assert gradient is not None  # whoever has none is refused: nothing can be taken back

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from fedllm.strategies.second_order.moments import Moment
-from fedllm.strategies.second_order.vectors import wide
+from fedllm.strategies.second_order.vectors import blocks, wide
 from torch import Tensor
 
 _LARGEST = 1e18  # squares of what lies beyond would not fit float32
@@ -45,6 +46,13 @@ class SecondMoment:
         """D of a block, float64 and positive."""
         assert self._squares.value is not None
         return wide(self._squares.value[part]).mul_(self._squares.correction).sqrt_().add_(self._floor)
+
+    def length(self, vector: Tensor) -> float:
+        """√(xᵀDx) of a vector ``[d]``."""
+        parts = blocks(len(vector))
+        return math.sqrt(
+            sum((wide(vector[part]).square_() * self.block(part)).sum().item() for part in parts)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The mean of squares and the floor."""

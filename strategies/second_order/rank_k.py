@@ -146,7 +146,8 @@ class Fagh:
         self._step = self._solve()
         if losses and not self.adaptive:
             self._watch.observe(losses)
-            self._watch.stepped(losses, gradient, self._step)
+            length = None if self._metric is None else self._metric.length(self._step)
+            self._watch.stepped(losses, gradient, self._step, length=length)
         return self._step
 
     def _add_secant(self, gradient: Tensor, losses: Losses) -> None:

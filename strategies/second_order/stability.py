@@ -52,12 +52,28 @@ class StabilityWatch:
                 self._name, self.rate, before, now, curvature, self._name, self.bound / curvature, self._advice,
             )  # fmt: skip
 
-    def stepped(self, losses: Losses, gradient: Tensor, step: Tensor, rate: float | None = None) -> None:
-        """Note the losses and the slope where a step is taken from, and its learning rate if it has its own."""
+    def stepped(
+        self,
+        losses: Losses,
+        gradient: Tensor,
+        step: Tensor,
+        rate: float | None = None,
+        length: float | None = None,
+    ) -> None:
+        """Note where a step is taken from.
+
+        Args:
+            losses: the losses there.
+            gradient: the gradient there ``[d]``.
+            step: ``[d]``.
+            rate: its learning rate, if it has its own.
+            length: its length in the metric in which it is steepest; Euclidean if not given.
+        """
         self.rate = self.rate if rate is None else rate
         self._before = _finite(losses)
         self._slope = float(dots([gradient], step))
-        self._squared_length = norm(step) ** 2
+        length = norm(step) if length is None else length
+        self._squared_length = length * length
 
     def state_dict(self) -> dict[str, Any]:
         """What the next comparison needs, and whether there has been a warning."""

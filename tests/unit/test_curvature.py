@@ -9,6 +9,7 @@ from fedllm.clients.backprop import Backprop
 from fedllm.clients.second_order import BackpropAndHessianRow, FullGradient, GradientAndHessianRow
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fedllm import registry
 from fedllm.config import TrainConfig
@@ -182,6 +183,28 @@ def test_a_model_without_a_double_backward_is_told_and_has_a_way_out():
     assert torch.allclose(flat(found.product), flat(expected.product), atol=1e-7)
 
 
+def test_reentrant_checkpoints_are_refused_and_the_others_are_exact():
+    model, batch = mlp(), rows()
+    parameters = dict(model.named_parameters())
+    direction = unit(parameters, 3)
+
+    def checkpointed(reentrant):
+        def loss(batch):
+            x = batch[0].clone().requires_grad_()
+            return F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), batch[1])
+
+        return loss
+
+    for asked in (direction, None):
+        with pytest.raises(TrainError, match="use_reentrant=False"):
+            gradient_and_hvp(checkpointed(True), parameters, [(batch, 1.0)], asked)
+    found = gradient_and_hvp(checkpointed(False), parameters, [(batch, 1.0)], direction)
+    expected = gradient_and_hvp(
+        lambda batch: F.cross_entropy(model(batch[0]), batch[1]), parameters, [(batch, 1.0)], direction
+    )
+    assert torch.allclose(flat(found.product), flat(expected.product), rtol=1e-5, atol=1e-7)
+
+
 # ------------------------------------------------------------ language models
 
 
@@ -329,7 +352,20 @@ def test_error_of_a_client_names_model_and_way_out(monkeypatch):
     task = job(**{HESSIAN_DIRECTION: {n: torch.ones_like(p) for n, p in job().bundle.trainable().items()}})
     plain = task.task.loss
     monkeypatch.setattr(type(task.task), "loss", lambda self, m, b: FusedSquare.apply(plain(m, b)).log())
-    with pytest.raises(TrainError, match=r"node-1.*tiny-random:bert.*central-difference"):
+    for update, key in (
+        (GradientAndHessianRow(), "gradient-and-hessian-row"),
+        (BackpropAndHessianRow(), "backprop-and-hessian-row"),
+    ):
+        with pytest.raises(
+            TrainError, match=rf"node-1.*tiny-random:bert.* set {key}.hessian=central-difference"
+        ):
+            update.run(task)
+
+
+def test_flash_attention_is_refused_before_it_gives_a_wrong_product(monkeypatch):
+    task = job(**{HESSIAN_DIRECTION: {n: torch.ones_like(p) for n, p in job().bundle.trainable().items()}})
+    monkeypatch.setattr(task.bundle.model.config, "_attn_implementation", "flash_attention_2")
+    with pytest.raises(TrainError, match=r"node-1.*flash_attention_2; set gradient-and-hessian-row\.hessian"):
         GradientAndHessianRow().run(task)
 
 

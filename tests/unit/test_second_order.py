@@ -182,7 +182,7 @@ def test_moments_are_corrected_for_their_start():
         weights = torch.tensor([0.1 * 0.9 ** (count - 1 - i) for i in range(count)], dtype=torch.float64)
         expected = (weights[:, None] * torch.stack(xs[:count])).sum(0) / weights.sum()
         assert relative(moment.corrected(), expected) < 1e-13
-    assert torch.equal(Moment(0.9).update(xs[0]).dtype and xs[0], xs[0])
+    assert Moment(0.9).update(xs[0]).dtype == torch.float64
 
 
 def test_moments_of_half_precision_are_kept_in_float32():
@@ -494,6 +494,23 @@ def test_a_rate_beyond_the_curvature_is_warned_of_with_numbers(caplog):
     assert len(warnings) == 1
     assert "= 5 is unstable" in warnings[0]
     assert "must stay below 0.02" in warnings[0]  # 2/κ without momentum
+
+
+def test_the_metric_in_which_steps_are_taken_is_that_of_the_warning(caplog):
+    """Without momentum and memory the bound of η/ρ is 2/κ with κ = sᵀHs / sᵀDs, here of the first step."""
+    h, update, w = torch.diag(torch.full((D,), 3.0, dtype=torch.float64)), None, 1e-3 * vector(31)
+    update = Fagh(eta=1.0, rho=2.0, beta1=0.0, memory=0, damping="fixed")
+    step = update.step(h @ w, losses=float(w @ h @ w / 2))
+    gradient = h @ w
+    size = gradient.abs()
+    scale = size + 0.1 * gradient.square().mean().sqrt()
+    kappa = 3.0 * float(step @ step) / float((scale * step) @ step)
+    assert 0.5 * kappa > 2  # unstable
+    with caplog.at_level(logging.WARNING):
+        w = w + step
+        update.step(h @ w, losses=float(w @ h @ w / 2))
+    (warning,) = [r.getMessage() for r in caplog.records]
+    assert f"must stay below {2 / kappa:.3g}" in warning
 
 
 @pytest.mark.parametrize(

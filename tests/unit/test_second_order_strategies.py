@@ -10,15 +10,17 @@ from fedllm.strategies.second_order.fagh import FAGH, FAGHOpt
 from fedllm.strategies.second_order.optimizer import flatten, unflatten
 from fedllm.strategies.second_order.rank_k import Fagh
 from fedllm.strategies.second_order.strategies import SOFIM, FedSGDM, SOFIMOpt, sofim_optimizer
-from fedllm.strategies.second_order.updates import FaghPaper, FedSgdMomentum
+from fedllm.strategies.second_order.updates import FaghPaper, FedSgdMomentum, Sofim
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedllm import registry
 from fedllm.accumulate import Reply
 from fedllm.checkpoint import CheckpointStore
 from fedllm.errors import ConfigError, PlanError
+from fedllm.events import EventBus
 from fedllm.records import CORRECTION, HESSIAN_DIRECTION, HESSIAN_ROW, MEAN_GRADIENT, decode, encode
 from fedllm.rounds import run_rounds
-from tests.fakes import FakeGrid
+from tests.fakes import FakeGrid, Recorder
 
 NODES = [3, 5, 8]
 SIZE = 12
@@ -111,7 +113,9 @@ def test_a_federated_run_equals_the_update_on_the_pooled_loss(strategy, update):
 
 
 def test_fagh_reaches_the_optimum_and_tells_its_damping():
-    result = run(FAGH(metric="identity", rho=1.0, beta1=0.0), 40)
+    result = run(
+        FAGH(metric="identity", rho=1.0, beta1=0.0, secants=False), 40
+    )  # of curvature only the products tell
     h, linear = pooled()
     best = torch.linalg.solve(h, linear).float()
     assert float((flatten(decode(result.arrays), START) - best).norm()) < 1e-2
@@ -121,8 +125,8 @@ def test_fagh_reaches_the_optimum_and_tells_its_damping():
 
 def test_int8_directions_are_what_the_server_reckons_with():
     """The product belongs to the decoded direction; taken for the exact one, the model of curvature would be wrong."""
-    exact = run(FAGH(metric="identity", rho=1.0, beta1=0.0, direction_codec="fp32"), 25)
-    coarse = run(FAGH(metric="identity", rho=1.0, beta1=0.0), 25)
+    exact = run(FAGH(metric="identity", rho=1.0, beta1=0.0, secants=False, direction_codec="fp32"), 40)
+    coarse = run(FAGH(metric="identity", rho=1.0, beta1=0.0, secants=False), 40)
     h, linear = pooled()
     best = torch.linalg.solve(h, linear).float()
     for result in (exact, coarse):
@@ -185,8 +189,6 @@ def test_a_bad_row_drops_the_reply_of_that_node_only(broken):
         def close(self):
             pass
 
-    from fedllm.events import EventBus
-
     result = run(FAGH(preset="paper", eta=0.01), 1, client, events=EventBus([Sink()]))
     dropped = [event for event in events if event["event"] == "node-dropped"]
     assert [event["node"] for event in dropped] == ["n5"]
@@ -244,21 +246,29 @@ def local_client(message, node):
     if message.metadata.message_type.startswith("evaluate"):
         return second_order_client(message, node)
     w = flatten(decode(message.content["arrays"]), START)
+    metrics = MetricRecord({"num-examples": weight(node), "loss": 1.0})
+    arrays = encode(unflatten(local_steps(w, node), START))
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def local_steps(w, node):
     for _ in range(5):
         w = w - 0.01 * hessian(node) @ (w - optimum(node))
-    metrics = MetricRecord({"num-examples": weight(node), "loss": 1.0})
-    return Message(RecordDict({"arrays": encode(unflatten(w, START)), "metrics": metrics}), reply_to=message)
+    return w
 
 
 def test_sofim_wraps_an_averaging_strategy():
-    """While the momentum is short beside √ρ, η = ρ is plain averaging with momentum 0."""
-    plain = run(FedAvg(), 4, local_client)
-    wrapped = run(FedAvg(server_optimizer=sofim_optimizer(1e8, 1e8, 0.0)), 4, local_client)
-    own = run(SOFIMOpt(eta=1e8, rho=1e8, beta1=0.0), 4, local_client)
+    """The distance to the mean of the clients' parameters, over learning rate times steps, is what SOFIM is given."""
+    alone, w = Sofim(eta=0.5, rho=0.5), flatten(START, START)
+    for _ in range(4):
+        mean = sum(weight(node) * local_steps(w, node) for node in NODES) / sum(map(weight, NODES))
+        w = w + alone.step((w - mean) / 0.05)
+    wrapped = run(FedAvg(server_optimizer=sofim_optimizer(0.5, 0.5, local_scale=0.05)), 4, local_client)
+    own = run(SOFIMOpt(eta=0.5, rho=0.5, local_scale=0.05), 4, local_client)
+    plain = flatten(decode(run(FedAvg(), 4, local_client).arrays), START)
     for result in (wrapped, own):
-        assert torch.allclose(
-            flatten(decode(result.arrays), START), flatten(decode(plain.arrays), START), atol=1e-5
-        )
+        assert torch.allclose(flatten(decode(result.arrays), START), w, atol=1e-4)
+    assert not torch.allclose(plain, w, atol=1e-2)
 
 
 def test_hybrid_takes_faghs_steps_on_pseudo_gradients():
@@ -276,9 +286,28 @@ def test_hybrid_takes_faghs_steps_on_pseudo_gradients():
             reply.content["arrays"] = encode({k: (sent[k].double() - got[k]) / 0.05 for k in got})
         return reply
 
-    one = run(FAGHOpt(local_scale=0.05), 5, hybrid)
-    other = run(FAGH(), 5, as_gradient)
-    assert torch.allclose(flatten(decode(one.arrays), START), flatten(decode(other.arrays), START), atol=1e-3)
+    keywords = {"metric": "identity", "rho": 5.0, "secants": False}
+    one = run(FAGHOpt(local_scale=0.05, **keywords), 8, hybrid)
+    other = run(FAGH(**keywords), 8, as_gradient)
+    blind = run(FAGHOpt(local_scale=0.05, **keywords), 8, local_client)
+    one, other, blind = (flatten(decode(result.arrays), START) for result in (one, other, blind))
+    assert torch.allclose(one, other, atol=1e-3)
+    assert not torch.allclose(one, blind, atol=1e-2)  # the products count
+
+
+@pytest.mark.parametrize(
+    ("keywords", "train", "scale", "warned"),
+    [
+        ({}, {"train.learning-rate": 0.02, "train.local-steps": 5}, 0.1, False),
+        ({"local_scale": 3.0}, {"train.learning-rate": 0.02, "train.local-steps": 5}, 3.0, False),
+        ({}, {"train.learning-rate": 0.02}, 1.0, True),
+    ],
+)
+def test_the_hybrid_scales_moves_by_what_the_configuration_says(keywords, train, scale, warned):
+    events, strategy = Recorder(), FAGHOpt(**keywords)
+    strategy.prepare(registry.config_from_flat({"strategy": "fagh-opt", **train}), None, EventBus([events]))
+    assert strategy._optimizer.pseudo == pytest.approx(scale)
+    assert ["fagh-opt.local-scale" in event["message"] for event in events.of("warning")] == [True] * warned
 
 
 # ---------------------------------------------------------------- SCAFFOLD
