@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from federation import Federation, pretend_to_be_flower
-from harness import Finished, arguments, console, report
+from harness import Finished, arguments, chosen, console, report
 
 from fedllm import registry
 from fedllm.config import RunConfig, Scalar
@@ -201,9 +201,7 @@ def main() -> None:
             f"not found: {', '.join(missing)}; pass --data FOLDER with AG News as train.csv and test.csv "
             "(columns text and label)"
         )
-    names = [name.strip() for name in args.only.split(",") if name.strip()] or list(METHODS)
-    if unknown := set(names) - set(METHODS):
-        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
+    names = chosen(args.only, list(METHODS), "--only")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a client takes one thread for each processor
     pretend_to_be_flower()
     test_rows = 500 if args.quick else args.test_rows

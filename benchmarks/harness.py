@@ -74,6 +74,14 @@ def arguments(description: str, **extra: Any) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def chosen(asked: str, known: Sequence[str], option: str) -> list[str]:
+    """Names that an option asks for, with commas, each once; all that are known if it names none."""
+    names = [name.strip() for name in asked.split(",") if name.strip()] or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"{option}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
 def machine() -> dict[str, str | int | float]:
     """The machine and the versions that a figure belongs to, as flat keys."""
     import flwr

@@ -25,7 +25,7 @@ from typing import Any
 import mnist
 import poisoning_figures as figures_of
 import torch
-from harness import arguments, console, report
+from harness import arguments, chosen, console, report
 from poisoning_arena import ATTACKS, Arena, play
 from poisoning_cells import Cell, Cells, Row, Setting, table
 from poisoning_cost import cost
@@ -42,8 +42,8 @@ QUICK_DEFENCES = "mean,multi-krum,temporal-cosine,vert-paper,vert-known,vert"
 
 def planned(args: Any, parts: Sequence[str]) -> list[Cell]:
     """The cells that are asked for, one seed after the other."""
-    attacks = _chosen(args.attacks, [name for name in ATTACKS if name != "none"], "--attacks")
-    names = _chosen(args.defences, [name for name in defences(20, 16, 0) if name != ORACLE], "--defences")
+    attacks = chosen(args.attacks, [name for name in ATTACKS if name != "none"], "--attacks")
+    names = chosen(args.defences, [name for name in defences(20, 16, 0) if name != ORACLE], "--defences")
     shares = _numbers(args.only_share or args.shares, "--shares")
     if any(not 0 <= share < 1 for share in shares):
         raise SystemExit(
@@ -65,13 +65,6 @@ def planned(args: Any, parts: Sequence[str]) -> list[Cell]:
             if share == SHARE and "start" in parts:
                 cells += table(setting, [share], attacks, FROM_START, 0, args.rounds)
     return list(dict.fromkeys(cells))
-
-
-def _chosen(asked: str, known: Sequence[str], option: str) -> list[str]:
-    names = [name.strip() for name in asked.split(",") if name.strip()] or list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"{option}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    return list(dict.fromkeys(names))
 
 
 def _numbers(asked: str, option: str) -> list[float]:
@@ -143,7 +136,7 @@ def main() -> None:
     if args.quick:
         args.clients, args.alphas, args.shares, args.seeds, args.rounds = "20", "100,0.3", "0.0,0.8", 1, 12
         args.attacks, args.defences = args.attacks or QUICK_ATTACKS, args.defences or QUICK_DEFENCES
-    parts = ["cost"] if args.cost_only else _chosen(args.parts, PARTS, "--parts")
+    parts = ["cost"] if args.cost_only else chosen(args.parts, PARTS, "--parts")
     wanted = planned(args, parts)
     found: dict[str, Any] = {}
     rows: list[Any] = [("cost", "value")]
@@ -171,7 +164,8 @@ def main() -> None:
             rows += spent.items()
         else:
             console.print(", ".join(f"{name}={value:.4g}" for name, value in spent.items()), style="dim")
-    report(args, found, rows, "Points below the mean of the honest clients, worst attack and setting")
+    title = "Points below the mean of the honest clients, worst attack and setting"
+    report(args, found, rows, "What a round of VERT costs the server" if parts == ["cost"] else title)
 
 
 def _table(found: Sequence[figures_of.Gap]) -> list[Any]:

@@ -93,8 +93,9 @@ class Arena:
             if poison == "label-flip":
                 y[: self.n][self.hostile] = 9 - y[: self.n][self.hostile]
             elif poison == "backdoor":
+                brightest = x.max()
                 for row in self.hostile.nonzero()[:, 0].tolist():
-                    x[row, : BATCH // 2, :, :TRIGGER, :TRIGGER] = x.max()
+                    x[row, : BATCH // 2, :, :TRIGGER, :TRIGGER] = brightest
                     y[row, : BATCH // 2] = TARGET
             vectors = vectors - RATE * mlp_gradients(vectors, x.flatten(2), y)
         updates = torch.zeros(self.n + 1, len(weights))

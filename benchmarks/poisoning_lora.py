@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from federation import Federation, pretend_to_be_flower
-from harness import Finished, arguments, console, report
+from harness import Finished, arguments, chosen, console, report
 from poisoning_cells import OWN, VERT, code_digest
 
 from fedllm import registry
@@ -193,6 +193,7 @@ def main() -> None:
         steps=(6, "local steps of a client in a round"),
         test_rows=(1000, "test rows that are evaluated on after the last round"),
         only=("", "attacks with commas, besides the oracle; none: all"),
+        defences=("", "defences with commas; none: all"),
         partial=("", "JSON file of finished runs, read and added to"),
         csv=("benchmarks/results/poisoning_lora.csv", "all cells"),
     )
@@ -202,9 +203,8 @@ def main() -> None:
             f"not found: {', '.join(missing)}; pass --data FOLDER with AG News as train.csv and test.csv "
             "(columns text and label)"
         )
-    only = [name.strip() for name in args.only.split(",") if name.strip()] or ["none", *ATTACKS]
-    if unknown := set(only) - {"none", *ATTACKS}:
-        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known: none, {', '.join(ATTACKS)}")
+    only = chosen(args.only, ("none", *ATTACKS), "--only")
+    defences = chosen(args.defences, list(DEFENCES), "--defences")
     sizes = (6, 2, 300) if args.quick else (args.rounds, args.steps, args.test_rows)
     pretend_to_be_flower()
     os.environ["RAY_JOB_ID"] = (
@@ -212,7 +212,7 @@ def main() -> None:
     )
     finished = Finished(args.partial)
     outcomes: dict[Cell, Outcome] = {}
-    for cell in (cell for cell in cells() if cell == ORACLE or cell[0] in only):
+    for cell in (cell for cell in cells() if cell == ORACLE or (cell[0] in only and cell[1] in defences)):
         config = configuration(cell, data, args.seed, *sizes)
         settings = {**config.to_flat(), "code": code_digest((*GAME, *MODULES.get(cell[1], ())))}
         found = finished.get(settings)

@@ -33,7 +33,7 @@ from typing import Any
 import mnist
 import torch
 from code_identity import code_identity
-from harness import Progress, arguments, console, report
+from harness import Progress, arguments, chosen, console, report
 from second_order_methods import METHODS, Method, Pair, Problem
 
 from fedllm.seeding import derive_seed
@@ -376,9 +376,7 @@ def main() -> None:
         s for s in (QUICK_SETTINGS if args.quick else SETTINGS) if s.network in args.networks.split(",")
     ]
     seeds = range(args.seed, args.seed + (1 if args.quick else args.seeds))
-    wanted = args.methods.split(",") if args.methods else [method.key for method in METHODS]
-    if unknown := set(wanted) - {method.key for method in METHODS}:
-        raise SystemExit(f"--methods: unknown {', '.join(sorted(unknown))}")
+    wanted = chosen(args.methods, [method.key for method in METHODS], "--methods")
     if not settings:
         raise SystemExit(f"--networks: expected lenet, logistic or both, found {args.networks!r}")
 

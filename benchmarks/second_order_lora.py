@@ -33,7 +33,7 @@ from fedllm.clients.second_order import BackpropAndHessianRow, FullGradient, Gra
 from fedllm.strategies.second_order.optimizer import flatten, moved, unflatten
 from fedllm.strategies.second_order.rank_k import Fagh
 from fedllm.strategies.second_order.updates import Sofim
-from harness import Progress, arguments, console, report
+from harness import Progress, arguments, chosen, console, report
 from second_order_methods import Adaptive
 
 from fedllm.config import RunConfig
@@ -274,8 +274,7 @@ def main() -> None:
         raise SystemExit(f"--passes: expected a multiple of {2 * BATCH}, found {args.passes}")
     if missing := [n for n in ("train.csv", "test.csv") if not (Path(args.data).expanduser() / n).is_file()]:
         raise SystemExit(f"not found: {', '.join(missing)} in {args.data}; pass --data FOLDER with AG News")
-    if unknown := set(args.methods.split(",")) - set(METHODS):
-        raise SystemExit(f"--methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    methods = chosen(args.methods, list(METHODS), "--methods")
     quick: bool = args.quick
     passes, rounds, target = (32, 12, 0.7) if quick else (args.passes, args.rounds, args.target)
     args.passes = passes
@@ -283,7 +282,7 @@ def main() -> None:
     tuning = derive_seed(args.seed, "tuning") % 1_000_000
     figures: dict[str, Any] = {"target": target, "passes_per_client": passes, "seeds": len(seeds)}
     rows: list[Sequence[object]] = [("", f"rounds to {target:g}", "best accuracy", "seconds a round", "rate")]
-    for key in args.methods.split(","):
+    for key in methods:
         method = METHODS[key]
         identity = identity_of(method, args, (passes, rounds, target))
         path = Path(args.cache) / f"{key}{'-quick' if quick else ''}.json"

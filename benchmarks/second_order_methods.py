@@ -302,9 +302,13 @@ METHODS = (
         lambda rate, rho: GradientStep(Sofim(eta=rate * rho, rho=rho, direction="gradient")),
     ),
     Method(
-        "fagh", "FAGH, rank-k (ours, default)", "two", ("η/ρ", "τ"),
+        "fagh", "FAGH, rank-k (ours), η/ρ and τ tuned", "two", ("η/ρ", "τ"),
         {"lenet": ((0.02, 0.03, 0.05), (0.005, 0.02, 0.05)), "logistic": ((0.01, 0.02, 0.04), (0.2, 1.0, 5.0))},
         lambda rate, tau: CurvatureStep(Fagh(rho=1 / rate, tau=tau)), vectors=(2, 2),
+    ),
+    Method(
+        "fagh_untuned", "FAGH, rank-k (ours), every key at its default", "two", ("η/ρ", "τ"), _both((0.02,), (0.1,)),
+        lambda rate, tau: CurvatureStep(Fagh()), vectors=(2, 2),
     ),
     Method(
         "fagh_identity", "FAGH, rank-k, no metric", "two", ("η/ρ", "ρ"),

@@ -31,8 +31,11 @@ def little_is_enough(honest: Tensor, z: float = 1.5) -> Tensor:
         honest: ``[m, d]``; with a single row the deviation is 0.
         z: strength; :func:`little_is_enough_z` gives the paper's.
     """
-    deviation = honest.std(0) if len(honest) > 1 else torch.zeros_like(honest[0])
-    return honest.mean(0) - z * deviation
+    return honest.mean(0) - z * _deviation(honest)
+
+
+def _deviation(honest: Tensor) -> Tensor:
+    return honest.std(0) if len(honest) > 1 else torch.zeros_like(honest[0])
 
 
 def little_is_enough_z(clients: int, attackers: int) -> float:
@@ -55,11 +58,11 @@ def tuned_little_is_enough(honest: Tensor, attackers: int, aggregate: Callable[[
         attackers: how many copies the rule sees.
         aggregate: the rule that is attacked, ``[n, d] → [d]``.
     """
-    mean = honest.mean(0)
+    mean, deviation = honest.mean(0), _deviation(honest)
     best, worst = mean, -1.0
     for z in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0):
         for signed in (z, -z):
-            candidate = little_is_enough(honest, signed)
+            candidate = mean - signed * deviation
             moved = aggregate(torch.cat([honest, candidate.expand(attackers, -1)]))
             distance = float((moved - mean).norm())
             if distance > worst:

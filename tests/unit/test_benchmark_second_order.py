@@ -78,7 +78,7 @@ def test_a_partial_report_tells_what_it_covers_and_grows_with_the_cache(run):
     assert figures["best_other"] == "fedsgdm"
     assert figures["worst_ratio_to_fedsgdm"] == figures["fagh_rounds"] / figures["fedsgdm_rounds"]
     assert figures["worst_ratio_to_best_other"] is None
-    assert "covers fedsgdm,fagh of 19 methods" in printed
+    assert "covers fedsgdm,fagh of 20 methods" in printed
     assert {"fagh_paper_rounds", "fedavg_rounds", "best_other_rounds", "hybrid_rounds"} <= set(figures)
 
     more, printed = run("--methods", "sofim")
@@ -125,7 +125,7 @@ def identities(bench):
         (
             "fedllm.strategies.second_order.limited_memory",
             "CurvatureMemory",
-            {"fagh", "fagh_identity", "fagh_rank1", "fagh_off", "hybrid"},
+            {"fagh", "fagh_untuned", "fagh_identity", "fagh_rank1", "fagh_off", "hybrid"},
         ),
         ("second_order_methods", "Scaffold", {"scaffold", "scaffold_2"}),
         ("second_order_methods", "Adaptive", {"fedadam", "fedyogi", "fedadam_2", "fedyogi_2"}),
