@@ -18,7 +18,7 @@ from fedllm.node.federation import Federation
 from fedllm.node.health import ask
 from fedllm.superlink import free_port
 from tests import waiting
-from tests.e2e.tiny_app import write_app
+from tests.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 

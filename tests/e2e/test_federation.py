@@ -18,7 +18,7 @@ from fedllm.node import certs
 from fedllm.node.federation import Federation
 from fedllm.node.member import Member
 from tests import waiting
-from tests.e2e.tiny_app import write_app
+from tests.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 

@@ -19,7 +19,7 @@ import pytest
 from fedllm.flower import pinned
 from tests.e2e.test_runs import CONFIG
 from tests.e2e.test_simulate import MARK, marked
-from tests.e2e.tiny_app import write_app
+from tests.tiny_app import write_app
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1500)]

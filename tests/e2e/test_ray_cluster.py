@@ -17,7 +17,7 @@ from fedllm.errors import ConfigError
 from fedllm.flower import executable
 from fedllm.processes import FLOWER_HOME, clean_up, of_home, start_guard
 from fedllm.ray_cluster import ask
-from tests.e2e.tiny_app import write_app
+from tests.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

@@ -8,7 +8,7 @@ import pytest
 
 from fedllm.node.federation import Federation
 from fedllm.node.health import ask
-from tests.e2e.tiny_app import write_app
+from tests.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

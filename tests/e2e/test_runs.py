@@ -15,7 +15,7 @@ from peft import PeftModel
 from fedllm import registry
 from fedllm.base_models import load_base, resolve_device
 from fedllm.events import read_events
-from tests.e2e.tiny_app import write_app
+from tests.tiny_app import write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

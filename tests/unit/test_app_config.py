@@ -8,17 +8,9 @@ import pytest
 from fedllm.app_config import flatten, nest, parse_overrides, read_app, read_saved, resolve, stage
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
+from tests.tiny_app import write_app
 
-PYPROJECT = """
-[project]
-name = "demo"
-version = "0.1.0"
-[tool.flwr.app]
-publisher = "me"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
+CONFIG = """
 rounds = 3
 data.source = "rows.csv"
 [tool.flwr.app.config.lora]
@@ -28,10 +20,7 @@ rank = 4
 
 @pytest.fixture
 def folder(tmp_path):
-    path = tmp_path / "demo"
-    path.mkdir()
-    (path / "pyproject.toml").write_text(PYPROJECT)
-    return path
+    return write_app(tmp_path / "demo", CONFIG)
 
 
 def test_pairs_are_toml_values_separated_by_spaces():
@@ -135,7 +124,7 @@ def test_the_staged_copy_has_the_whole_configuration_and_no_ballast(folder, tmp_
     assert sorted(path.name for path in staged.iterdir()) == ["own.py", "pyproject.toml"]
     app = read_app(staged)
     assert app.config == config.to_flat()
-    assert app.pyproject["project"]["name"] == "demo"
+    assert app.pyproject["project"]["name"] == "tiny"
     assert (
         tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["rounds"] == 3
     )

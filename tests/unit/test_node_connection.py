@@ -15,6 +15,7 @@ from fedllm.flower import SuperLinkError
 from fedllm.node import certs, deployed, status
 from fedllm.node.connection import FederationFolder
 from fedllm.node.federation import Federation
+from tests.tiny_app import write_app
 
 # Keeps the nodes in a file beside it, as a SuperLink would.
 FLWR = """
@@ -156,14 +157,7 @@ def test_status_tells_the_round_and_the_versions(folder, flwr, tmp_path):
 def tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    path = tmp_path / "tiny"
-    path.mkdir()
-    (path / "pyproject.toml").write_text(
-        '[project]\nname = "tiny"\nversion = "0.1.0"\n[tool.flwr.app]\npublisher = "tests"\n'
-        '[tool.flwr.app.components]\nserverapp = "fedllm.server_app:app"\nclientapp = "fedllm.client_app:app"\n'
-        '[tool.flwr.app.config]\nmodel.name = "tiny-random:bert"\nsimulation.clients = 9\n'
-    )
-    return path
+    return write_app(tmp_path / "tiny", 'model.name = "tiny-random:bert"\nsimulation.clients = 9\n')
 
 
 def test_a_deployed_run_waits_for_the_nodes_that_are_online(folder, flwr, tiny, tmp_path):

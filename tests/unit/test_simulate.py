@@ -23,17 +23,9 @@ from fedllm.processes import alive, clean_up, of_home
 from fedllm.simulate import federation_config, placement, prepare
 from fedllm.superlink import PrivateSuperLink
 from fedllm.watch import Display, Outcome, last_traceback
+from tests.tiny_app import write_app
 
-PYPROJECT = """
-[project]
-name = "demo"
-version = "0.1.0"
-[tool.flwr.app]
-publisher = "me"
-[tool.flwr.app.components]
-serverapp = "fedllm.server_app:app"
-clientapp = "fedllm.client_app:app"
-[tool.flwr.app.config]
+CONFIG = """
 rounds = 3
 simulation.clients = 4
 """
@@ -43,10 +35,7 @@ simulation.clients = 4
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    path = tmp_path / "demo"
-    path.mkdir()
-    (path / "pyproject.toml").write_text(PYPROJECT)
-    return path
+    return write_app(tmp_path / "demo", CONFIG)
 
 
 # -- before the run --------------------------------------------------------------------------------------------------
@@ -60,7 +49,7 @@ def test_options_win_over_overrides_and_these_over_the_app(folder, tmp_path):
 
 
 def test_a_run_without_a_name_gets_the_apps_name_and_the_time(folder):
-    assert prepare(folder).config.run.name.startswith("demo-20")
+    assert prepare(folder).config.run.name.startswith("tiny-20")
 
 
 def test_min_nodes_of_the_user_is_kept(folder):
@@ -139,7 +128,7 @@ def test_an_existing_run_is_not_started_again(folder):
 
 def test_resume_takes_the_saved_configuration_and_overrides(folder, tmp_path):
     saved_run(folder, seed=77, rounds=6)
-    (folder / "pyproject.toml").write_text(PYPROJECT.replace("rounds = 3", "rounds = 99"))
+    write_app(folder, CONFIG.replace("rounds = 3", "rounds = 99"))
     config = prepare(folder, ["server.quorum=0.75"], resume="first").config
     assert (config.seed, config.rounds, config.server.quorum) == (77, 6, 0.75)
     assert config.run.resume

@@ -6,8 +6,8 @@ import pytest
 
 from fedllm import registry, study
 from fedllm.errors import ConfigError, FedLLMError
-from tests.e2e.tiny_app import write_app
 from tests.sample_run import Script, finished_run, save
+from tests.tiny_app import write_app
 
 CONFIG = registry.config_from_flat(
     {
