@@ -42,6 +42,9 @@ class AdaptiveDamping:
         tolerance: a rise of the loss by more than this share of it takes the step back.
         setback: ρ is multiplied by this when a step is taken back, by its square when the second try is taken back too,
             and so on (after Nielsen, 1999).
+        rounding: ρ stays when neither what was predicted nor what came of it is more than this share of the loss.
+            Losses are float32, in which a unit of the last place is 1.2e-7, and a forward pass loses a few of these;
+            at a minimum, where changes are nothing else, ρ would grow without end.
     """
 
     rho: float
@@ -51,6 +54,7 @@ class AdaptiveDamping:
     poor: float = 0.25
     tolerance: float = 0.5
     setback: float = 2.0
+    rounding: float = 1e-6
     failures: int = 0
 
     def judge(self, before: float, now: float, predicted: float) -> Verdict:
@@ -66,6 +70,8 @@ class AdaptiveDamping:
             self.rho *= self.setback**self.failures
             return "reject"
         self.failures = 0
+        if max(abs(before - now), abs(predicted)) <= self.rounding * abs(before):
+            return "accept"
         ratio = (before - now) / predicted if predicted > 0 else -math.inf
         if ratio > self.good:
             self.rho /= self.shrink

@@ -445,6 +445,43 @@ def test_damping_follows_what_steps_are_worth():
     assert damping.rho == pytest.approx(2 * 4 * 2 * 1.5 / 1.2)
 
 
+@pytest.mark.parametrize(
+    ("now", "predicted", "rho"),
+    [
+        (2.0 + 1e-6, 1e-6, 1.0),  # a rise and a promise of half a millionth of the loss: both may be rounding
+        (2.0 - 1e-6, -1e-6, 1.0),
+        (2.0, 0.0, 1.0),
+        (2.0 + 1e-6, 1e-3, 1.5),  # a promise that a float32 loss would have shown
+        (2.0 - 1e-5, 1e-5, 1 / 1.2),
+        (2.0 + 1e-5, 1e-6, 1.5),
+    ],
+)
+def test_damping_stays_where_the_loss_rounding_decides(now, predicted, rho):
+    damping = AdaptiveDamping(1.0, failures=2)
+    assert damping.judge(2.0, now, predicted) == "accept"
+    assert damping.rho == pytest.approx(rho)
+    assert damping.state_dict() == {"rho": damping.rho, "failures": 0}
+
+
+def test_damping_does_not_grow_at_a_minimum():
+    """A float32 model, trained on where its loss changes in the last digits only."""
+    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(0, 3, (200,), generator=torch.Generator().manual_seed(1))
+
+    def loss(w):
+        return torch.nn.functional.cross_entropy(x @ w.view(10, 3), y)
+
+    gradient_at = torch.func.grad(loss)
+    update, w, rhos = Fagh(), torch.zeros(30), []
+    for _ in range(400):
+        direction = update.request()
+        row = None if direction is None else torch.func.grad(lambda at, u=direction: gradient_at(at) @ u)(w)
+        w = w + update.step(gradient_at(w), row, direction, float(loss(w)))
+        rhos.append(update.rho)
+    assert float(gradient_at(w).norm()) < 1e-2
+    assert max(rhos[100:]) < 2 * rhos[0]
+
+
 def test_losses_are_compared_for_common_clients_only():
     before = {"a": (1.0, 2.0), "b": (3.0, 4.0)}
     now = {"b": (3.0, 5.0), "c": (1.0, 100.0)}
