@@ -24,6 +24,8 @@ from fedllm.seeding import derive_seed
 Pair = tuple[float, float]
 Group = Literal["one", "two", "epochs"]
 WHOLE = 1 << 30  # a batch size beyond every client: full-batch steps
+WITH_DIRECTION = 1.25
+"""What FAGH sends down, in vectors: the model, and a direction in int8, ``fagh.direction-codec``'s default."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Method:
         names: of the two hyper-parameters.
         grids: by network, the values of each.
         build: makes the first round of a run.
-        vectors: of the model's size that travel per client and round, up and down.
+        vectors: float32 vectors of the model's size that travel per client and round, up and down.
         pooled: whether the rounds do not depend on how the examples are dealt.
     """
 
@@ -66,7 +68,7 @@ class Method:
     names: tuple[str, str]
     grids: dict[str, tuple[Sequence[float], Sequence[float]]]
     build: Callable[[float, float], Round]
-    vectors: tuple[int, int] = (1, 1)
+    vectors: tuple[float, float] = (1, 1)
     pooled: bool = True
 
     def trials(self, network: str, quick: bool) -> list[Pair]:
@@ -304,22 +306,22 @@ METHODS = (
     Method(
         "fagh", "FAGH, rank-k (ours), η/ρ and τ tuned", "two", ("η/ρ", "τ"),
         {"lenet": ((0.02, 0.03, 0.05), (0.005, 0.02, 0.05)), "logistic": ((0.01, 0.02, 0.04), (0.2, 1.0, 5.0))},
-        lambda rate, tau: CurvatureStep(Fagh(rho=1 / rate, tau=tau)), vectors=(2, 2),
+        lambda rate, tau: CurvatureStep(Fagh(rho=1 / rate, tau=tau)), vectors=(2, WITH_DIRECTION),
     ),
     Method(
         "fagh_untuned", "FAGH, rank-k (ours), every key at its default", "two", ("η/ρ", "τ"), _both((0.02,), (0.1,)),
-        lambda rate, tau: CurvatureStep(Fagh()), vectors=(2, 2),
+        lambda rate, tau: CurvatureStep(Fagh()), vectors=(2, WITH_DIRECTION),
     ),
     Method(
         "fagh_identity", "FAGH, rank-k, no metric", "two", ("η/ρ", "ρ"),
         {"lenet": ((0.5, 0.8, 1.2), (0.3, 1.0, 3.0)), "logistic": ((0.2, 0.4, 0.8), (1.0, 3.0, 10.0))},
         lambda rate, rho: CurvatureStep(Fagh(eta=rate * rho, rho=rho, metric="identity", damping="fixed")),
-        vectors=(2, 2),
+        vectors=(2, WITH_DIRECTION),
     ),
     Method(
         "fagh_rank1", "FAGH, rank one, Krylov direction", "two", ("η/ρ", "ρ"),
         {"lenet": ((0.5, 0.8, 1.2), (1.0, 3.0, 10.0)), "logistic": ((0.1, 0.2, 0.4), (1.0, 3.0, 10.0))},
-        _rank_one, vectors=(2, 2),
+        _rank_one, vectors=(2, WITH_DIRECTION),
     ),
     Method(
         "fagh_paper", "FAGH as published (first row)", "two", ("η/ρ", "ρ"),
@@ -370,7 +372,7 @@ METHODS = (
     ),
     Method(
         "hybrid", "FAGH on local epochs (ours)", "epochs", ("η_l", "reach"), _both((0.02, 0.05, 0.1), (0.5, 0.7, 1.0)),
-        Hybrid, vectors=(2, 2), pooled=False,
+        Hybrid, vectors=(2, WITH_DIRECTION), pooled=False,
     ),
 )  # fmt: skip
 """All that stand in the table, in its order."""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedllm.strategies.second_order.fagh import FAGH
+
+from fedllm.records import encode
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("second_order", "second_order_methods", "second_order_cost", "mnist", "harness", "code_identity")
@@ -88,12 +91,25 @@ def test_a_partial_report_tells_what_it_covers_and_grows_with_the_cache(run):
     assert more["fagh_rounds"] == figures["fagh_rounds"]
 
 
+def sent_down():
+    """Bytes that FAGH's own messages to a client have in a round with a direction."""
+    start = {"weight": torch.ones(10, 784), "bias": torch.zeros(10)}
+    optimizer = FAGH().server_optimizer
+    optimizer.accumulator()
+    optimizer.step(1, start, {name: torch.ones_like(tensor) for name, tensor in start.items()})
+    sent = [encode(start), optimizer.ask(start)]
+    return sum(len(array.data) for record in sent for array in record.values())
+
+
 def test_costs_are_told_to_both_targets(run):
     figures, printed = run("--methods", "fagh")
     prefix = "logistic_3_fagh"
     for ending, rounds in (("", figures[f"{prefix}_rounds"]), ("_to_loss", figures[f"{prefix}_loss_rounds"])):
         assert figures[f"{prefix}_evaluations{ending}"] == rounds * 2
         assert figures[f"{prefix}_megabytes_up{ending}"] == pytest.approx(rounds * 2 * 4 * 7850 * 3 / 1e6)
+        assert figures[f"{prefix}_megabytes_down{ending}"] == pytest.approx(
+            rounds * sent_down() * 3 / 1e6, rel=0.01
+        )
         assert figures[f"{prefix}_seconds{ending}"] == pytest.approx(
             rounds * figures[f"{prefix}_seconds_per_round"]
         )
