@@ -581,10 +581,24 @@ def test_a_stable_rate_is_not_warned_of(caplog):
     assert not caplog.records
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [FaghPaper, Sofim, lambda: Sofim(direction="gradient")])
-def test_a_step_on_a_hundred_million_parameters_takes_under_a_second_and_five_vectors(build):
-    """Five vectors at the peak, not only between steps: what is given, held, returned, and made on the way."""
+def test_a_step_on_a_hundred_million_parameters_takes_two_seconds_of_a_core_and_five_vectors(
+    build, one_thread
+):
+    """Five vectors at the peak, not only between steps: what is given, held, returned, and made on the way.
+
+    One thread's processor time hides nothing that is not spread over threads, and other processes cost it no more than
+    their share of the memory's bandwidth: a quiet core takes 0.8 s, a busy machine's 1.5.
+    """
     size = 100_000_000
     update = build()
     gradient = torch.full((size,), 1e-3)
@@ -600,14 +614,11 @@ def test_a_step_on_a_hundred_million_parameters_takes_under_a_second_and_five_ve
         update.step(*vectors, **losses)
     assert 4 * size * len(held) + memory.peak <= 4 * size * 5 + 2**26  # blocks of float64
     times = []
-    for _ in range(3):
+    for _ in range(5):
         started = time.process_time()
         update.step(*vectors, **losses)
-        # What other processes take of the machine is not counted; the work is spread over all threads.
-        times.append((time.process_time() - started) / torch.get_num_threads())
-    seconds = min(times)
-    print(f"{seconds:.2f} s")
-    assert seconds < 1.0
+        times.append(time.process_time() - started)
+    assert min(times) < 2.0
 
 
 def test_what_is_asked_for_is_orthogonal_to_all_that_stay_whatever_was_forgotten():
