@@ -76,8 +76,7 @@ class GradientAndHessianRow:
             found = _curvature(job, direction, self.hessian, self.epsilon, "gradient-and-hessian-row")
         except NonFiniteLossError as error:
             return _not_finite(job, error, self.sends)
-        extra = 1 if self.hessian == "double-backward" else 2
-        return _result(job, found, evaluations=1 + (extra if direction is not None else 0))
+        return _result(job, found, _evaluations(found, self.hessian))
 
 
 class BackpropAndHessianRow(Backprop):
@@ -109,10 +108,9 @@ class BackpropAndHessianRow(Backprop):
         Raises:
             TrainError: as of :meth:`GradientAndHessianRow.run` and :meth:`fedllm.clients.backprop.Backprop.run`.
         """
+        direction = job.inputs.get(HESSIAN_DIRECTION)
         try:
-            before = _curvature(
-                job, job.inputs.get(HESSIAN_DIRECTION), self.hessian, self.epsilon, "backprop-and-hessian-row"
-            )
+            before = _curvature(job, direction, self.hessian, self.epsilon, "backprop-and-hessian-row")
         except NonFiniteLossError as error:
             return _not_finite(job, error, ADAPTER)
         result = super().run(job)
@@ -120,7 +118,12 @@ class BackpropAndHessianRow(Backprop):
         return replace(
             result,
             loss=before.loss,
-            metrics={**result.metrics, "step-loss": result.loss},
+            metrics={
+                **result.metrics,
+                "step-loss": result.loss,
+                "gradient-evaluations": result.metrics["steps"] + _evaluations(before, self.hessian),
+                NUM_TARGETS: int(before.weight),
+            },
             extras={**result.extras, **extras},
         )
 
@@ -168,6 +171,13 @@ def _not_finite(job: TrainJob, error: NonFiniteLossError, sends: ReplyKind) -> T
         for name, p in owned_parameters(job).items()
     }
     return TrainResult(arrays, num_examples=len(job.examples), loss=math.inf)
+
+
+def _evaluations(found: Curvature, method: HvpMethod) -> int:
+    """Gradients that were computed, where an exact product counts as one and a difference as two."""
+    if found.product is None:
+        return 1
+    return 2 if method == "double-backward" else 3
 
 
 def _result(job: TrainJob, found: Curvature, evaluations: int) -> TrainResult:

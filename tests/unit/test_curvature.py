@@ -8,6 +8,9 @@ import pytest
 import torch
 from fedllm.clients.backprop import Backprop
 from fedllm.clients.second_order import BackpropAndHessianRow, FullGradient, GradientAndHessianRow
+from fedllm.strategies.second_order.fagh import FAGHOpt
+from fedllm.strategies.second_order.fagh_optimizer import GradientAndRowMean
+from flwr.app import Message, MetricRecord, RecordDict
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +21,7 @@ from fedllm.curvature import gradient_and_hvp
 from fedllm.encoded import IGNORED, Encoded
 from fedllm.errors import ConfigError, TrainError
 from fedllm.models import load_bundle
-from fedllm.records import HESSIAN_DIRECTION, HESSIAN_ROW
+from fedllm.records import HESSIAN_DIRECTION, HESSIAN_ROW, encode
 from fedllm.tasks import get_task
 from fedllm.update import TrainJob
 
@@ -347,6 +350,40 @@ def test_hybrid_client_sends_the_row_at_the_start_and_the_trained_adapter():
     assert torch.equal(flat(both.extras[HESSIAN_ROW]), flat(row.extras[HESSIAN_ROW]))
     assert both.loss == row.loss
     assert torch.equal(flat(both.arrays), flat(plain.arrays))
+
+
+@pytest.mark.parametrize(("method", "evaluations"), [("double-backward", 2), ("central-difference", 3)])
+def test_hybrid_client_tells_its_targets_and_what_it_computed(method, evaluations):
+    direction = {n: torch.ones_like(p) for n, p in job(*MODELS[1]).bundle.trainable().items()}
+    update = BackpropAndHessianRow(optimizer="sgd", hessian=method)
+    asked = update.run(job(*MODELS[1], **{HESSIAN_DIRECTION: direction}))
+    assert asked.metrics["num-targets"] == sum(2 + i % 4 for i in range(7))
+    assert asked.metrics["steps"] == 2  # seven texts, four at a time
+    assert asked.metrics["gradient-evaluations"] == 2 + evaluations
+    assert update.run(job(*MODELS[1])).metrics["gradient-evaluations"] == 2 + 1
+
+
+def test_rows_and_moves_of_hybrid_language_models_are_weighted_by_label_tokens():
+    """Folded, the rows of two clients are autograd's row of all their tokens together."""
+    whole = job(*MODELS[1])
+    direction = {n: t for n, t in unit(whole.bundle.trainable(), 3).items() if t.any()}
+    strategy, folded, moves = FAGHOpt(local_scale=1.0), GradientAndRowMean(asked=True), []
+    for indices in ([0, 4], [1, 2, 3, 5, 6]):  # 4 of 23 tokens in 2 of 7 texts
+        own = job(*MODELS[1], **{HESSIAN_DIRECTION: direction})
+        examples = own.examples.select(indices)
+        result = BackpropAndHessianRow(optimizer="sgd").run(replace(own, examples=examples))
+        metrics = MetricRecord({"num-examples": result.num_examples, "loss": result.loss, **result.metrics})
+        row = encode(result.extras[HESSIAN_ROW])
+        content = RecordDict({"arrays": encode(result.arrays), HESSIAN_ROW: row, "metrics": metrics})
+        asked = Message(RecordDict(), dst_node_id=1, message_type="train")
+        folded.add(strategy.open_reply(Message(content, reply_to=asked)))
+        moves.append((int((examples.labels != IGNORED).sum()), flat(result.arrays).double()))
+    expected = oracle(whole, 3)[1]
+    assert torch.allclose(
+        flat(folded.row()).float(), expected, atol=2e-5 * float(expected.abs().max()) + 1e-9
+    )
+    mean = sum(count * arrays for count, arrays in moves) / sum(count for count, _ in moves)
+    assert torch.allclose(flat(folded.result()), mean, rtol=1e-12)
 
 
 def test_error_of_a_client_names_model_and_way_out(monkeypatch):
