@@ -24,7 +24,6 @@ NO_DOUBLE_BACKWARD = "the backward pass of this model cannot be differentiated"
 _NOT_TWICE = (
     "is not implemented",
     "once_differentiable",
-    "does not require grad",
     "not have been used",
     "no autograd formula",
 )
@@ -90,10 +89,11 @@ def gradient_and_hvp(
             raise NonFiniteLossError(f"the loss is {value.item()}; the gradient at this point is of no use")
         first = _gradients(value, parameters, create_graph=exact)
         if product is not None and direction is not None:
-            if exact:
-                second = _double_backward(first, parameters, direction)
-            else:
+            second = _double_backward(first, parameters, direction) if exact else None
+            if second is None:
                 second = _central_difference(loss, batch, parameters, direction, epsilon)
+                if exact:
+                    _refuse_hidden_graph(second)
             _accumulate(product, second, weight)
         _accumulate(gradient, [None if g is None else g.detach() for g in first], weight)
         total_loss += weight * value.item()
@@ -149,8 +149,8 @@ def _gradients(value: Tensor, parameters: Mapping[str, Tensor], create_graph: bo
 
 def _double_backward(
     first: list[Tensor | None], parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]
-) -> list[Tensor | None]:
-    """∇ ⟨∇F, u⟩ from a gradient that has its graph."""
+) -> list[Tensor | None] | None:
+    """∇ ⟨∇F, u⟩ from a gradient that has its graph; None if it has none."""
     terms = [
         (g * direction[name].to(g)).sum()
         for name, g in zip(parameters, first, strict=True)
@@ -159,6 +159,8 @@ def _double_backward(
     if not terms:
         return [None] * len(first)
     total = torch.stack(terms).sum()
+    if not total.requires_grad:
+        return None
     try:
         _refuse_error_nodes(total)
         return list(torch.autograd.grad(total, list(parameters.values()), allow_unused=True))
@@ -167,6 +169,16 @@ def _double_backward(
             reason = str(error).strip().partition("\n")[0][:200]
             raise TrainError(f"{NO_DOUBLE_BACKWARD}: {reason}") from error
         raise
+
+
+def _refuse_hidden_graph(difference: Iterable[Tensor | None]) -> None:
+    """Tell a linear loss, whose gradient is the same bits everywhere, from a backward pass that hides its graph.
+
+    Raises:
+        TrainError: gradients without a graph differ from point to point.
+    """
+    if any(term is not None and bool(term.any()) for term in difference):
+        raise TrainError(f"{NO_DOUBLE_BACKWARD}: the gradient depends on the parameters, but has no graph")
 
 
 def _refuse_error_nodes(value: Tensor) -> None:

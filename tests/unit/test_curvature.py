@@ -187,6 +187,45 @@ def test_a_model_without_a_double_backward_is_told_and_has_a_way_out():
     assert torch.allclose(flat(found.product), flat(expected.product), atol=1e-7)
 
 
+class HiddenSquare(torch.autograd.Function):
+    """A backward pass without a graph, and without the mark that says so."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = 2 * x.detach()
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.factor * gradient
+
+
+@pytest.mark.parametrize("method", ["double-backward", "central-difference"])
+def test_a_linear_loss_has_a_hessian_of_zero(method):
+    model, batch = nn.Linear(6, 3).double(), rows()
+    parameters = dict(model.named_parameters())
+
+    def linear(batch):
+        return model(batch[0]).gather(1, batch[1][:, None]).mean()
+
+    found = gradient_and_hvp(linear, parameters, split(batch, 5, 7), unit(parameters, 3), method=method)
+    assert {name: p.shape for name, p in found.product.items()} == {n: p.shape for n, p in parameters.items()}
+    assert not flat(found.product).any()
+    expected = torch.autograd.grad(linear(batch), list(parameters.values()))
+    assert torch.allclose(flat(found.gradient), torch.cat([g.reshape(-1) for g in expected]), atol=1e-14)
+
+
+def test_a_loss_that_only_looks_linear_is_told():
+    model, batch = nn.Linear(6, 3).double(), rows()
+    parameters = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    with pytest.raises(TrainError, match="cannot be differentiated: the gradient depends on the parameters"):
+        gradient_and_hvp(
+            lambda b: HiddenSquare.apply(model(b[0])).mean(), parameters, [(batch, 1.0)], unit(parameters, 3)
+        )
+    assert all(torch.equal(before[name], parameters[name]) for name in before)
+
+
 def test_reentrant_checkpoints_are_refused_and_the_others_are_exact():
     model, batch = mlp(), rows()
     parameters = dict(model.named_parameters())
