@@ -63,7 +63,11 @@ Count = Annotated[int, Field(ge=0)]
 
 @runtime_checkable
 class ServerOptimizer(Protocol):
-    """Turns the folded result of a round into the next global model."""
+    """Turns the folded result of a round into the next global model.
+
+    If it has an attribute ``diagnostics``, numbers by name that tell of its last step, they become metrics of the round
+    with the prefix ``server-``.
+    """
 
     def step(
         self, server_round: int, current: Mapping[str, torch.Tensor], folded: Mapping[str, torch.Tensor]
@@ -343,10 +347,12 @@ class BaseStrategy(Strategy):
             release(message)
         if count == 0:
             return None, None
-        folded = accumulator.result()
+        folded, found = accumulator.result(), metrics.result()
         if self.server_optimizer is not None:
             folded = self.server_optimizer.step(server_round, self._current, folded)
-        return encode_like(folded, self._dtypes), MetricRecord(dict(metrics.result()))
+            told: Mapping[str, float] = getattr(self.server_optimizer, "diagnostics", {})
+            found |= {f"server-{name}": value for name, value in told.items()}
+        return encode_like(folded, self._dtypes), MetricRecord(dict(found))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean of the clients' metrics, weighted by their examples."""

@@ -138,9 +138,7 @@ class FAGH(GradientStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies and take the step, or take back the last one.
-
-        The metrics tell ρ and the curvature's extreme eigenvalues.
+        """Fold the replies and take the step, or take back the last one; the event ``step-taken-back`` tells why.
 
         Raises:
             RoundError: see :meth:`FaghOptimizer.step`.
@@ -151,9 +149,6 @@ class FAGH(GradientStrategy):
             self._events.emit("step-taken-back", round=server_round, reason=told)
         elif told:
             logger.warning("round %d: %s", server_round, told)
-        if metrics is not None:
-            for name, value in self._optimizer.update.diagnostics.items():
-                metrics[f"server-{name}"] = value
         return arrays, metrics
 
 

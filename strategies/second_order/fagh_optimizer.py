@@ -101,6 +101,11 @@ class FaghOptimizer:
         """Whether the replies may undo the last step: a loss that is not finite is then worth knowing."""
         return isinstance(self.update, Fagh) and self.update.can_take_back and bool(self._origin)
 
+    @property
+    def diagnostics(self) -> Mapping[str, float]:
+        """ρ and the curvature's extreme eigenvalues at the last step."""
+        return self.update.diagnostics
+
     def __repr__(self) -> str:
         """The update that takes the steps."""
         return type(self.update).__name__

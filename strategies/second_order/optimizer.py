@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 class GradientUpdate(Protocol):
-    """A server step from a mean gradient, see :mod:`.updates`."""
+    """A server step from a mean gradient, see :mod:`.updates`.
+
+    Attributes:
+        diagnostics: numbers that tell of the last step, by name.
+    """
+
+    diagnostics: dict[str, float]
 
     def step(self, gradient: Tensor, losses: Losses | None = None) -> Tensor:
         """The change of the parameters ``[d]``, a new vector; the losses are those of the clients, where known."""
@@ -42,6 +48,11 @@ class GradientOptimizer:
     def watch(self, losses: Losses) -> None:
         """Let the next step know the losses of the replies that it is made of, which may still be coming in."""
         self._losses = losses
+
+    @property
+    def diagnostics(self) -> Mapping[str, float]:
+        """What the update tells of its last step."""
+        return self._update.diagnostics
 
     def __repr__(self) -> str:
         """The update that takes the steps."""

@@ -42,11 +42,14 @@ class FedSgdMomentum:
         self.eta = positive("eta", eta)
         self._momentum = Moment(beta1)
         self._watch = StabilityWatch(eta, beta1, "eta", "lower it")
+        self.diagnostics: dict[str, float] = {}
 
     def step(self, gradient: Tensor, losses: Losses | float | None = None) -> Tensor:
         """The change of the parameters ``[d]``; the losses are watched for instability only."""
         self._momentum.update(gradient)
-        step = self._momentum.corrected().mul_(-self.eta)
+        step = self._momentum.corrected()
+        self.diagnostics = {"momentum-norm": norm(step)}
+        step.mul_(-self.eta)
         if losses := by_client(losses):
             self._watch.observe(losses)
             self._watch.stepped(losses, gradient, step)

@@ -123,6 +123,32 @@ def test_fagh_reaches_the_optimum_and_tells_its_damping():
     assert "server-eigenvalue" in result.train_metrics_clientapp[40]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "update", "direction"),
+    [
+        (lambda: SOFIM(eta=0.05), lambda: Sofim(eta=0.05), "momentum"),
+        (
+            lambda: SOFIM(eta=0.05, direction="gradient"),
+            lambda: Sofim(eta=0.05, direction="gradient"),
+            "gradient",
+        ),
+        (lambda: FedSGDM(eta=0.03), lambda: FedSgdMomentum(eta=0.03), "momentum"),
+    ],
+)
+def test_gradient_methods_tell_how_long_their_momentum_is(strategy, update, direction):
+    """Of the mean of the gradients by the weights (1 − β) β^(t−i), corrected where the step is along it."""
+    told = run(strategy(), 4).train_metrics_clientapp
+    h, linear = pooled()
+    w, alone, gradients = flatten(START, START), update(), []
+    for count in range(1, 5):
+        gradients.append(h @ w.double() - linear)
+        weights = [0.1 * 0.9 ** (count - 1 - i) for i in range(count)]
+        mean = sum(weight * g for weight, g in zip(weights, gradients, strict=True))
+        corrected = mean / (1 - 0.9**count) if direction == "momentum" else mean
+        assert told[count]["server-momentum-norm"] == pytest.approx(float(corrected.norm()), rel=1e-4)
+        w = w + alone.step(gradients[-1].float())
+
+
 def test_int8_directions_are_what_the_server_reckons_with():
     """The product belongs to the decoded direction; taken for the exact one, the model of curvature would be wrong."""
     exact = run(FAGH(metric="identity", rho=1.0, beta1=0.0, secants=False, direction_codec="fp32"), 40)
@@ -267,6 +293,9 @@ def test_sofim_wraps_an_averaging_strategy():
     own = run(SOFIMOpt(eta=0.5, rho=0.5, local_scale=0.05), 4, local_client)
     plain = flatten(decode(run(FedAvg(), 4, local_client).arrays), START)
     for result in (wrapped, own):
+        assert result.train_metrics_clientapp[4]["server-momentum-norm"] == pytest.approx(
+            alone.diagnostics["momentum-norm"], rel=1e-3
+        )
         assert torch.allclose(flatten(decode(result.arrays), START), w, atol=1e-4)
     assert not torch.allclose(plain, w, atol=1e-2)
 
