@@ -42,7 +42,7 @@ class Accumulator(Protocol):
         ...
 
     def result(self) -> dict[str, torch.Tensor]:
-        """The folded tensors; at least one reply must have been added."""
+        """The folded tensors; at least one reply must have been added. Asked for once."""
         ...
 
 
@@ -72,8 +72,10 @@ class WeightedMean:
         self._weight += reply.weight
 
     def result(self) -> dict[str, torch.Tensor]:
-        """The mean as float64."""
-        return {name: total / self._weight for name, total in self._sums.items()}
+        """The mean as float64, in the memory of the sums; the next reply begins new ones."""
+        mean = {name: total.div_(self._weight) for name, total in self._sums.items()}
+        self._sums, self._weight = {}, 0.0
+        return mean
 
 
 class MetricsMean:

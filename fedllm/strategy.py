@@ -70,9 +70,9 @@ class ServerOptimizer(Protocol):
     """
 
     def step(
-        self, server_round: int, current: Mapping[str, torch.Tensor], folded: Mapping[str, torch.Tensor]
+        self, server_round: int, current: Mapping[str, torch.Tensor], folded: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The next global model from the current one and the folded replies; all float32."""
+        """The next global model, float32, from the current one and the folded replies, which may be taken out."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

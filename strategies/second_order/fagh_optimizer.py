@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fedllm.strategies.second_order.optimizer import (
     flatten,
+    flatten_out,
     mean_gradient,
     moved,
     moved_in_place,
@@ -133,21 +134,21 @@ class FaghOptimizer:
         return self._folding
 
     def step(
-        self, server_round: int, current: Mapping[str, Tensor], folded: Mapping[str, Tensor]
+        self, server_round: int, current: Mapping[str, Tensor], folded: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The next global model.
 
         Raises:
             RoundError: steps that hardly move the model were taken back again and again.
         """
-        row = self._folding.row()
-        flat_row = None if row is None else flatten(row, current)
+        row, direction, self._direction = self._folding.row(), self._direction, None
+        flat_row = None if row is None else flatten_out(row, current)
         gradient = mean_gradient(current, folded, self.pseudo) if folded else None
         losses = self._folding.losses or None
         if isinstance(self.update, FaghPaper):
             assert gradient is not None  # whoever has none is refused: nothing can be taken back
-            return moved_in_place(current, self.update.step(gradient, flat_row, self._direction, losses))
-        step = self.update.step(gradient, flat_row, self._direction, losses)
+            return moved_in_place(current, self.update.step(gradient, flat_row, direction, losses))
+        step = self.update.step(gradient, flat_row, direction, losses)
         if self.update.taken_back:
             self.taken_back = self._told(self.update)
             return moved(self._origin, self.update.last_step)

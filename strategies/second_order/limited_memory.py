@@ -115,10 +115,11 @@ class CurvatureMemory:
                 pair.age = 0
                 return
         self._forget_contradicted(direction, product)
+        # Whoever makes room goes first: two vectors less at the peak.
+        self._keep([index > len(self) - self.capacity for index in range(len(self))])
         pair = _Pair(direction.to(working_dtype(direction.dtype), copy=True), Moment(self.beta))
         pair.product.update(product)
         self._append(pair)
-        self._keep([index >= len(self) - self.capacity for index in range(len(self))])
 
     def grow_old(self) -> None:
         """Let a round pass: pairs beyond their age are forgotten."""

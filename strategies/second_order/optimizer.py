@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +59,7 @@ class GradientOptimizer:
         return type(self._update).__name__
 
     def step(
-        self, server_round: int, current: Mapping[str, Tensor], folded: Mapping[str, Tensor]
+        self, server_round: int, current: Mapping[str, Tensor], folded: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The next global model, float32 or as it was."""
         gradient = mean_gradient(current, folded, self._pseudo)
@@ -76,12 +76,12 @@ class GradientOptimizer:
 
 def flatten(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
     """One vector of the tensors in the order of ``like``; float32, or float64 where that has nothing narrower."""
-    wide = all(tensor.dtype == torch.float64 for tensor in like.values())
-    sizes = [tensor.numel() for tensor in like.values()]
-    vector = torch.empty(sum(sizes), dtype=torch.float64 if wide else torch.float32)
-    for name, part in zip(like, torch.split(vector, sizes), strict=True):
-        part.copy_(tensors[name].reshape(-1))
-    return vector
+    return _filled(tensors.__getitem__, like)
+
+
+def flatten_out(tensors: dict[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    """:func:`flatten`, taking the tensors out: each is freed as soon as it is copied."""
+    return _filled(tensors.pop, like)
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,16 +103,25 @@ def moved_in_place(current: Mapping[str, Tensor], step: Tensor) -> dict[str, Ten
     }
 
 
-def mean_gradient(current: Mapping[str, Tensor], folded: Mapping[str, Tensor], pseudo: float) -> Tensor:
+def mean_gradient(current: Mapping[str, Tensor], folded: dict[str, Tensor], pseudo: float) -> Tensor:
     """The gradient that folded replies stand for, a flat vector.
 
     Args:
         current: the parameters that the clients were sent.
-        folded: mean of the replies.
+        folded: mean of the replies; its tensors are taken out.
         pseudo: 0: the replies are gradients. Else they are parameters after local steps, and their distance to those
             that were sent, divided by this, is the gradient; with the clients' learning rate times their steps it has
             a gradient's size.
     """
-    if pseudo:
-        folded = {name: (current[name].double() - mean) / pseudo for name, mean in folded.items()}
-    return flatten(folded, current)
+    if not pseudo:
+        return flatten_out(folded, current)
+    return _filled(lambda name: (current[name].double() - folded.pop(name)) / pseudo, current)
+
+
+def _filled(tensor_of: Callable[[str], Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    wide = all(tensor.dtype == torch.float64 for tensor in like.values())
+    sizes = [tensor.numel() for tensor in like.values()]
+    vector = torch.empty(sum(sizes), dtype=torch.float64 if wide else torch.float32)
+    for name, part in zip(like, torch.split(vector, sizes), strict=True):
+        part.copy_(tensor_of(name).reshape(-1))
+    return vector

@@ -157,7 +157,7 @@ class Fagh:
         if _weights(losses) == _weights(self._losses) and bool(torch.isfinite(gradient).all()):
             length = norm(self._step)
             if length > 0:  # of unit length, like the directions that are asked for
-                self._memory.add(self._step / length, (gradient - self._gradient) / length)
+                self._memory.add(self._step / length, (gradient - self._gradient).div_(length))
 
     def _why_taken_back(self, gradient: Tensor | None, losses: Losses) -> str:
         """How the last step made the loss rise too much; empty if it did not. Adapts the damping on the way."""

@@ -191,6 +191,9 @@ def test_costs_of_server_updates_are_counted(bench):
     sofim = cost.measure_update(cost.Sofim, 3_000_000, 2, 1, 0)
     assert 3 <= sofim["vectors_peak"] < 3.5
     assert paper["100m_seconds"] > 0
+    # The model and m, v: 3; float64 sums of gradients and rows: 4; one reply and its row: 2. SOFIM: 2, 2 and 1.
+    assert 9 <= cost.round_vectors(cost.FAGH(preset="paper"), 1_000_000, 1, 0) < 9.5
+    assert 5 <= cost.round_vectors(cost.SOFIM(), 1_000_000, 1, 0) < 5.5
     figures = cost.measure_client(cost.lenet(20, 0), 2, 0)
     assert figures["row_over_gradient_peak"] > 1
     assert figures["row_over_gradient_seconds"] == figures["row_seconds"] / figures["gradient_seconds"]
