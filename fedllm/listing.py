@@ -34,31 +34,41 @@ def keys() -> Keys:
 
 
 def _plugin_keys(kind: str) -> Keys:
-    """Parameters that a plug-in's own constructor names; what it inherits is set by keys of fedllm's own."""
+    """Parameters of plug-ins' constructors, inherited ones too.
+
+    Left out is what a strategy inherits from :class:`fedllm.strategy.BaseStrategy`: keys of fedllm's own set it.
+    """
+    from fedllm.strategy import BaseStrategy  # needs torch, which a list of names does not wait for
+
+    common = inspect.signature(BaseStrategy.__init__).parameters.keys()
     found: Keys = []
     for name in registry.available(kind):
         cls = registry.load(kind, name)
-        fields = registry.parameters_model(cls, kind).model_fields
-        for parameter in inspect.signature(cls.__init__).parameters:
-            if "__init__" in cls.__dict__ and parameter in fields:
-                field = fields[parameter]
-                default = None if field.is_required() else field.default
-                found.append(
-                    {
-                        "key": f"{name}.{kebab(parameter)}",
-                        "type": "required" if field.is_required() else type(default).__name__,
-                        "choices": list(choices_of(field)),
-                        "default": default,
-                        "description": _described(cls, parameter),
-                    }
-                )
+        own = inspect.signature(cls.__init__).parameters if "__init__" in cls.__dict__ else {}
+        for parameter, field in registry.parameters_model(cls, kind).model_fields.items():
+            if parameter in common and parameter not in own:
+                continue
+            default = None if field.is_required() else field.default
+            if default is None:
+                default = getattr(cls, registry.DEFAULTS, {}).get(parameter)
+            found.append(
+                {
+                    "key": f"{name}.{kebab(parameter)}",
+                    "type": "required" if field.is_required() else type(default).__name__,
+                    "choices": list(choices_of(field)),
+                    "default": default,
+                    "description": _described(cls, parameter),
+                }
+            )
     return found
 
 
 def _described(cls: type[Any], parameter: str) -> str:
-    """What the ``Args`` section of a class's docstring says of a parameter, up to the end of the line."""
-    line = re.search(rf"^\s+{parameter}: (.+)$", inspect.getdoc(cls) or "", re.MULTILINE)
-    return line.group(1) if line else f"see the documentation of {cls.__name__}"
+    """What the ``Args`` section of a class's docstring, or a base's, says of a parameter, up to the end of the line."""
+    for base in cls.__mro__:
+        if line := re.search(rf"^\s+{parameter}: (.+)$", base.__doc__ or "", re.MULTILINE):
+            return line.group(1)
+    return f"see the documentation of {cls.__name__}"
 
 
 def _own_keys() -> Keys:

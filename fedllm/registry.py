@@ -23,6 +23,9 @@ from fedllm.errors import ConfigError, RegistryError
 INNER = "inner"
 """The constructor argument of a defence or attack that holds the strategy around which it is put; not a key."""
 
+DEFAULTS = "key_defaults"
+"""The class attribute that tells, by name, what is used for keywords whose default is None."""
+
 KINDS = ("strategies", "clients", "defences", "attacks", "sinks")
 
 

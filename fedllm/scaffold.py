@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 
@@ -131,7 +132,9 @@ def comment(field: Any) -> str:
 
 def choices_of(field: Any) -> tuple[object, ...]:
     """The values that a key with a fixed set of them can have."""
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    union = get_origin(field.annotation) in (Union, UnionType)  # "Literal[…] | None"
+    kinds = get_args(field.annotation) if union else (field.annotation,)
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
 def _toml(value: Scalar) -> str:

@@ -6,8 +6,9 @@ row is wanted, the direction down, in ``direction_codec`` (a quarter of d for in
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from fedllm.strategies.second_order.fagh_optimizer import FaghOptimizer
@@ -48,9 +49,9 @@ class FAGH(GradientStrategy):
     Args:
         preset: ``ours`` keeps ``memory`` products with directions that the server chooses (:class:`.rank_k.Fagh`);
             ``paper`` is the published rank-one form with the Hessian's first row (:class:`.updates.FaghPaper`).
-        eta: η.
-        rho: ρ; with adaptive damping, where it begins.
-        beta1: decay of the gradients' mean.
+        eta: η; 0.1 with ``preset="paper"``.
+        rho: ρ; with adaptive damping, where it begins; 1 with ``preset="paper"``.
+        beta1: decay of the gradients' mean; 0.9 with ``preset="paper"``.
         beta2: decay of the rows' mean.
         memory: Hessian products kept; 0: none are asked for. ``ours`` only.
         secants: whether steps and changes of the gradient count among the products, when the same clients answer
@@ -66,6 +67,9 @@ class FAGH(GradientStrategy):
         ConfigError: a keyword that the preset does not have.
     """
 
+    key_defaults: ClassVar[Mapping[str, Any]] = {
+        name: parameter.default for name, parameter in inspect.signature(Fagh).parameters.items()
+    }
     _pseudo = 0.0
 
     def __init__(

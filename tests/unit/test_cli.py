@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from operator import attrgetter
 
 import pytest
 
@@ -136,6 +137,29 @@ def test_list_keys_has_every_key_of_the_configuration_and_of_the_plugins(run):
     assert keys["fedadam.eta"]["type"] == "float"
     assert "fedadam.fraction-train" not in keys
     assert "[server]" in run("list", "--keys")[1]
+
+
+def test_list_keys_tells_what_is_used_and_what_is_inherited(run):
+    from fedllm.strategies.second_order.fagh import FAGH
+
+    keys = {entry["key"]: entry for entry in json.loads(run("list", "--keys", "--json")[1])}
+    fagh = {key.removeprefix("fagh."): entry for key, entry in keys.items() if key.startswith("fagh.")}
+    assert fagh["metric"]["choices"] == ["identity", "second-moment"]
+    assert fagh["rho"]["type"] == "float"
+    used, listed = (
+        FAGH(**given).server_optimizer.update
+        for given in ({}, {key.replace("-", "_"): entry["default"] for key, entry in fagh.items()})
+    )
+    assert all(entry["default"] is not None for entry in fagh.values())
+    for name in ("eta", "rho", "adaptive", "secants", "_memory.capacity", "_memory.beta", "_metric.tau"):
+        assert attrgetter(name)(used) == attrgetter(name)(listed), name
+    assert used._momentum.beta == listed._momentum.beta == fagh["beta1"]["default"]
+
+    assert {f"fagh-opt.{key}" for key in fagh} | {"fagh-opt.local-scale"} == {
+        key for key in keys if key.startswith("fagh-opt.")
+    }
+    assert keys["fagh-opt.rho"] == keys["fagh.rho"] | {"key": "fagh-opt.rho"}
+    assert keys["backprop-and-hessian-row.optimizer"]["choices"] == ["adamw", "sgd"]
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
