@@ -10,10 +10,13 @@ from fedllm.clients.backprop import Backprop
 from fedllm.clients.second_order import BackpropAndHessianRow, FullGradient, GradientAndHessianRow
 from fedllm.strategies.second_order.fagh import FAGHOpt
 from fedllm.strategies.second_order.fagh_optimizer import GradientAndRowMean
+from fedllm.strategies.second_order.optimizer import moved, unflatten
+from fedllm.strategies.second_order.rank_k import Fagh
 from flwr.app import Message, MetricRecord, RecordDict
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedllm import registry
 from fedllm.config import TrainConfig
@@ -346,6 +349,57 @@ def test_hessian_is_symmetric_across_the_whole_adapter(model, task):
     assert float(one) == pytest.approx(float(other), rel=1e-3)
 
 
+def tiny_bert(attention):
+    config = BertConfig(
+        vocab_size=12, hidden_size=4, num_hidden_layers=2, num_attention_heads=2, intermediate_size=6,
+        max_position_embeddings=8, type_vocab_size=1, num_labels=3, attn_implementation=attention,
+    )  # fmt: skip
+    return BertForSequenceClassification(config), torch.tensor([0, 2, 1])
+
+
+def tiny_llama(attention):
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=4, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=6, max_position_embeddings=8, attn_implementation=attention,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), None
+
+
+@pytest.mark.parametrize(("build", "tolerance"), [(tiny_bert, 1e-12), (tiny_llama, 1e-5)])
+def test_rows_of_whole_language_models_equal_the_full_hessian(build, tolerance):
+    """All parameters, embeddings to head, no adapter; the oracle's attention is written out instead of a kernel.
+
+    Of Llama, transformers computes norms and loss in float32.
+    """
+    ids = torch.randint(1, 12, (3, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+
+    def loss(batch):
+        model, labels = batch
+        labels = ids.masked_fill(mask == 0, IGNORED) if labels is None else labels
+        return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fused, labels = build("sdpa")
+        for parameter in fused.parameters():  # the usual small ones leave hardly any curvature
+            nn.init.normal_(parameter, std=0.5)
+    plain, _ = build("eager")
+    plain.load_state_dict(fused.state_dict())
+    fused, plain = fused.double().eval(), plain.double().eval()
+    gradient, hessian = full_hessian(loss, dict(plain.named_parameters()), (plain, labels))
+    assert len(gradient) > 300
+    parameters = dict(fused.named_parameters())
+    for index in range(0, len(gradient), 37):
+        found = gradient_and_hvp(loss, parameters, [((fused, labels), 3.0)], unit(parameters, index))
+        assert float((flat(found.gradient) - gradient).norm()) <= tolerance * float(gradient.norm())
+        row = hessian[index]
+        assert float((flat(found.product) - row).norm()) <= tolerance * float(
+            row.norm() + hessian.norm() / len(row)
+        )
+    assert (hessian[::37].norm(dim=1) > 1e-3).sum() > 5
+
+
 def test_literal_first_row_of_lora_is_degenerate_at_the_start():
     """B = 0: the first coordinate lies in A, so its Hessian entry is exactly 0 while the row is not."""
     task = job()
@@ -359,6 +413,24 @@ def test_literal_first_row_of_lora_is_degenerate_at_the_start():
     row = GradientAndHessianRow().run(task).extras[HESSIAN_ROW]
     assert row[first].view(-1)[0] == 0.0
     assert flat(row).norm() > 1e-6
+
+
+@pytest.mark.parametrize(("model", "task"), MODELS)
+def test_directions_that_fagh_asks_for_have_curvature_with_lora(model, task):
+    """From B = 0 on, where the first row's own entry is zero: uᵀHu is a share of ‖Hu‖ far beyond float32's rounding."""
+    task = job(model, task)
+    state, update, shares = dict(task.bundle.initial_state), Fagh(), []
+    for _ in range(6):
+        task.bundle.load_adapter_state(state)
+        asked = update.request()
+        inputs = {} if asked is None else {HESSIAN_DIRECTION: unflatten(asked, state)}
+        result = GradientAndHessianRow().run(replace(task, start=state, inputs=inputs))
+        row = None if asked is None else flat(result.extras[HESSIAN_ROW])
+        if asked is not None:
+            shares.append(abs(float(asked @ row)) / float(row.norm()))
+        state = moved(state, update.step(flat(result.arrays), row, asked, result.loss))
+    assert len(shares) == 5
+    assert min(shares) > 1e-4, shares
 
 
 def test_central_difference_of_a_client_is_close():
