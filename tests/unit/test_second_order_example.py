@@ -8,9 +8,10 @@ import torch
 from fedllm.strategies.second_order.fagh import FAGH
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedllm.events import EventBus
 from fedllm.records import HESSIAN_DIRECTION, HESSIAN_ROW, decode
 from fedllm.rounds import run_rounds
-from tests.fakes import FakeGrid
+from tests.fakes import FakeGrid, Recorder
 
 pytest.importorskip("sklearn")
 
@@ -110,3 +111,21 @@ def test_fagh_trains_with_these_clients(example):
     assert accuracy(result.arrays) > 0.8
     losses = [metrics["loss"] for metrics in result.train_metrics_clientapp.values()]
     assert losses[-1] < 0.4 * losses[0]
+
+
+def test_a_client_without_a_digit_is_left_out_with_the_reason(example, monkeypatch):
+    client_app, digits = example
+    load = client_app.examples
+
+    def examples(mnist, client, *rest):
+        return tuple(values[: 400 * (client != 2)] for values in load(mnist, client, *rest))
+
+    monkeypatch.setattr(client_app, "examples", examples)
+    start = ArrayRecord(digits.build("logistic", 0).state_dict())
+    grid = FakeGrid(range(1, CLIENTS + 1), lambda message, node: client_app.train(message, context(node - 1)))
+    recorder = Recorder()
+    with EventBus([recorder]) as events:
+        result = run_rounds(FAGH(fraction_evaluate=0.0), grid, start, 2, events=events)
+    dropped = [(event["round"], event["node"], event["reason"]) for event in recorder.of("node-dropped")]
+    assert dropped == [(n, "3", "'num-examples' is 0, expected a positive whole number") for n in (1, 2)]
+    assert all(torch.isfinite(tensor).all() for tensor in decode(result.arrays).values())
