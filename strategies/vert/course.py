@@ -64,11 +64,22 @@ class Course:
             held[order[: enough[-1] + 1]] = True
         return held
 
-    def carries(self, crowd: Tensor) -> bool:
-        """Whether what a crowd's directions ``[n, q]`` have in common follows the course, however noisy each is."""
-        if self._usual is None or self._usual < _LEAST or len(crowd) < 2:
+    def carries(self, crowd: Tensor) -> Tensor:
+        """Which of a crowd's directions ``[n, q]`` follow the course however noisy each is, ``[n]`` bool.
+
+        All, if what they have in common follows it; else the part of them that agrees most, as honest replies do
+        beside hostile ones, if that is true of it.
+        """
+        agreement = self.agreement(crowd)
+        for part in (torch.ones(len(crowd), dtype=torch.bool), upper_part(agreement)):
+            if self._follows(crowd[part], agreement[part]):
+                return part
+        return torch.zeros(len(crowd), dtype=torch.bool)
+
+    def _follows(self, directions: Tensor, agreement: Tensor) -> bool:
+        if self._usual is None or self._usual < _LEAST or len(directions) < 2:
             return False
-        found = self._denoised(self.agreement(crowd).mean(), _alike(crowd)[-1])
+        found = self._denoised(agreement.mean(), _alike(directions)[-1])
         return float(found) >= _CARRIED * self._usual
 
     def learn(self, directions: Tensor) -> None:
@@ -110,3 +121,17 @@ def _alike(directions: Tensor) -> Tensor:
     k = torch.arange(1, len(directions) + 1)
     lengths = directions.cumsum(0).square().sum(1) / k
     return torch.where(k > 1, (lengths - 1) / (k - 1).clamp_min(1), torch.ones(len(k)))
+
+
+def upper_part(values: Tensor) -> Tensor:
+    """Which values ``[n]`` belong to the upper of two groups, split where the squares within them are least."""
+    n = len(values)
+    if n < 2:
+        return torch.ones(n, dtype=torch.bool)
+    order = values.argsort(descending=True, stable=True)
+    sums = values[order].double().cumsum(0)
+    k = torch.arange(1, n)
+    between = sums[:-1].square() / k + (sums[-1] - sums[:-1]).square() / (n - k)
+    upper = torch.zeros(n, dtype=torch.bool)
+    upper[order[: int(between.argmax()) + 1]] = True
+    return upper

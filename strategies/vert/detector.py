@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from fedllm.strategies.vert.course import Course
+from fedllm.strategies.vert.evidence import Evidence
 from fedllm.strategies.vert.history import History
 from fedllm.strategies.vert.predict import Ladder, without_own
 from fedllm.strategies.vert.select import FEATURES, FOREIGN_LOG_SIZE, Yardstick, against_root, twins
@@ -25,7 +26,11 @@ from fedllm.strategies.vert.sketch import Sketch
 from torch import Tensor
 from torch.nn import functional as F
 
-_WIDEN = 1.5
+_WIDEN, _TURN = 1.5, 1.2
+"""How much wider the yardstick, and the bound of the course, get with every round that keeps nobody. The yardstick
+gives way first: honest replies that it was too narrow for come back before hostile ones can pull training around."""
+_SLOW, _QUICK = 0.2, 0.5
+"""Shares of the newest round in what speaks for a stranger, and for a client in rounds with a crowd of low scores."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Detector:
         self._ladder = Ladder(seed)
         self._yardstick, self._strangers = Yardstick(), Yardstick(FOREIGN_LOG_SIZE)
         self._course = Course()
+        self._of_strangers, self._in_doubt = Evidence(_SLOW, clients), Evidence(_QUICK, clients)
         self._judged = self._skipped = 0
 
     def judge(
@@ -102,7 +108,7 @@ class Detector:
         trusted = None if root is None else F.normalize(root.vector, dim=0)
         inputs = self._history.inputs(clients, trusted)
         alone = (self._ladder.predict(without_own(inputs), "temporal") * directions).sum(1)
-        evidence = self._evidence(clients, alone)
+        against = self._against(clients, alone)
         known = self._history.rounds(clients) > 0
         scores = torch.where(known, (self._ladder.predict(inputs) * directions).sum(1), alone)
         begins = self._judged < self.warm_up
@@ -112,12 +118,12 @@ class Detector:
             # Few rounds say less of a client than a trusted update does.
             distances = against_root(directions @ trusted, features, root.norm)
         else:
-            distances = self._distances(clients, features, directions, known, evidence)
+            distances = self._distances(clients, features, directions, known, against)
         distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
         predictor = self._ladder.chosen
         kept = self._select(distances, everybody=begins and root is None)
         if not begins:
-            kept = self._course.hold(kept, directions, _WIDEN**self._skipped)
+            kept = self._course.hold(kept, directions, _TURN**self._skipped)
         factors = self._clipped(kept, norms)
         self._skipped = 0 if bool(kept.any()) else self._skipped + 1
         if bool(kept.any()):
@@ -125,27 +131,51 @@ class Detector:
             self._course.learn(directions[kept])
         return Judgement(factors, scores, distances, predictor)
 
-    def _evidence(self, clients: Sequence[str], alone: Tensor) -> Tensor:
-        """What all that a client has sent says of it, ``[n]``; negative: against it.
+    def _against(self, clients: Sequence[str], alone: Tensor) -> Tensor:
+        """Against whom all that they have sent speaks, ``[n]`` bool.
 
         A client that was never accepted must not get in by chance in one of many rounds.
         """
         if self._strangers.level is None:
-            return torch.zeros(len(clients))
-        return self._history.weigh_evidence(clients, alone - self._strangers.level[0] / 2)
+            return torch.zeros(len(clients), dtype=torch.bool)
+        self._of_strangers.weigh(clients, alone - self._strangers.level[0] / 2)
+        return self._of_strangers.of(clients) < 0
 
     def _distances(
-        self, clients: Sequence[str], features: Tensor, directions: Tensor, known: Tensor, evidence: Tensor
+        self, clients: Sequence[str], features: Tensor, directions: Tensor, known: Tensor, against: Tensor
     ) -> Tensor:
         """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for."""
         offsets = self._history.offsets(clients)
         distances = torch.zeros(len(clients))
         for yardstick, ours in ((self._yardstick, known), (self._strangers, ~known)):
-            found = yardstick.distances(features[ours], offsets[ours])
-            crowd = yardstick.crowd(features[ours], offsets[ours])
-            hostile = crowd & (not self._course.carries(directions[ours][crowd]))
-            distances[ours] = torch.where(hostile, found + 1, found)
-        return torch.where(~known & (evidence < 0), distances + 1, distances)
+            names = [name for name, is_ours in zip(clients, ours.tolist(), strict=True) if is_ours]
+            distances[ours] = self._measured(
+                yardstick, names, features[ours], offsets[ours], directions[ours]
+            )
+        return torch.where(~known & against, distances + 1, distances)
+
+    def _measured(
+        self,
+        yardstick: Yardstick,
+        clients: Sequence[str],
+        features: Tensor,
+        offsets: Tensor,
+        directions: Tensor,
+    ) -> Tensor:
+        """Distances ``[n]`` by a yardstick; a crowd of low scores is hostile, with two exceptions.
+
+        Who follows the course is noisy at most. And who stood out from such crowds before need not go with this one:
+        an honest score may sink for a round, those of a hostile crowd are low in all of them.
+        """
+        crowd = yardstick.crowd(features, offsets)
+        carried = torch.zeros_like(crowd)
+        carried[crowd] = self._course.carries(directions[crowd])
+        distances = yardstick.distances(features, offsets, carried)
+        hostile = crowd & ~carried & (self._in_doubt.of(clients) <= 0)
+        if bool(crowd.any()) and yardstick.level is not None:
+            self._in_doubt.weigh(clients, features[:, 0] - offsets[:, 0] - yardstick.level[0] / 2)
+        # Of a crowd of all it is the level that has moved: those who are honest are among them.
+        return distances if bool(hostile.all()) else distances + hostile.float()
 
     @property
     def nbytes(self) -> int:
@@ -200,6 +230,8 @@ class Detector:
             "yardstick": self._yardstick.state_dict(),
             "strangers": self._strangers.state_dict(),
             "course": self._course.state_dict(),
+            "of_strangers": self._of_strangers.state_dict(),
+            "in_doubt": self._in_doubt.state_dict(),
             "judged": self._judged,
             "skipped": self._skipped,
         }
@@ -211,4 +243,6 @@ class Detector:
         self._yardstick.load_state_dict(state["yardstick"])
         self._strangers.load_state_dict(state["strangers"])
         self._course.load_state_dict(state["course"])
+        self._of_strangers.load_state_dict(state["of_strangers"])
+        self._in_doubt.load_state_dict(state["in_doubt"])
         self._judged, self._skipped = state["judged"], state["skipped"]

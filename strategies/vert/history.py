@@ -44,7 +44,6 @@ class History:
         self._window, self._clients = window, clients
         self.records: dict[str, Record] = {}
         self.means: deque[Tensor] = deque(maxlen=window)
-        self._evidence: dict[str, float] = {}
 
     @property
     def nbytes(self) -> int:
@@ -88,20 +87,6 @@ class History:
         """In how many rounds each client was accepted, ``[n]``."""
         return torch.tensor([self.records[c].rounds if c in self.records else 0 for c in clients])
 
-    def weigh_evidence(self, clients: Sequence[str], surplus: Tensor) -> Tensor:
-        """Running mean of what speaks for each client, accepted or not, ``[n]``; the newest round counts a fifth.
-
-        Args:
-            clients: all that replied.
-            surplus: by how much each agreed better with the others than it had to, ``[n]``.
-        """
-        for name, value in zip(clients, surplus.tolist(), strict=True):
-            before = self._evidence.pop(name, value)
-            self._evidence[name] = before + 0.2 * (value - before)
-        while len(self._evidence) > self._clients:
-            del self._evidence[next(iter(self._evidence))]  # the one that has not replied for longest
-        return torch.tensor([self._evidence.get(name, 0.0) for name in clients])
-
     def remember(
         self, server_round: int, clients: Sequence[str], directions: Tensor, deviations: Tensor
     ) -> None:
@@ -142,7 +127,6 @@ class History:
             if records
             else torch.zeros(0, self._features),
             "directions": torch.stack([d for r in records for d in r.directions]) if records else empty,
-            "evidence": dict(self._evidence),
             "means": torch.stack(list(self.means)) if self.means else empty,
         }
 
@@ -156,4 +140,3 @@ class History:
             )
         }
         self.means = deque(state["means"], maxlen=self._window)
-        self._evidence = dict(state["evidence"])

@@ -18,8 +18,9 @@ is part of the yardstick, and it is what an adaptive attacker can use.
 
 Where noise dominates, honest scores scatter around a small level and the yardstick alone would admit noise. A count
 decides then: if many more replies lie below half of the level than honest scatter explains, they are a crowd, together
-with those nearer to them than to the level. It goes unless what it has in common follows the course of training, as in
-honest replies whose scores sink because training settles. All of this is ours, not the paper's.
+with those nearer to them than to the level. It goes, apart from those who follow the course of training, as honest
+replies do whose scores sink because training settles, and those who stood out from such crowds in rounds before. All of
+this is ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -58,16 +59,19 @@ class Yardstick:
         self.level: Tensor | None = None
         self.spread = torch.zeros(len(FEATURES))
 
-    def distances(self, features: Tensor, offsets: Tensor) -> Tensor:
+    def distances(self, features: Tensor, offsets: Tensor, carried: Tensor | None = None) -> Tensor:
         """How far each reply is from what is expected of it, ``[n]``; above 1 is suspicious, infinite a copy.
 
         Args:
             features: ``[n, 3]`` in the order of :data:`FEATURES`.
             offsets: how each client usually differs from the level, ``[n, 3]``.
+            carried: whose scores have sunk for a reason, ``[n]`` bool: what is usual among them is expected of them.
         """
         if self.level is None or len(features) == 0:
             return torch.zeros(len(features))
         deviation = features - self.level - offsets
+        if carried is not None and bool(carried.any()):
+            deviation[carried, 0] -= deviation[carried, 0].median().clamp_max(0)
         higher, lower = common_shift(deviation)
         rest = deviation - higher - lower
         allowed = _SIGMAS * torch.maximum(self.spread, _FLOOR) + _TOLERANCE
@@ -93,17 +97,15 @@ class Yardstick:
             offsets: how each client usually differs from the level, ``[n, 3]``.
         """
         scores = features[:, 0] - offsets[:, 0]
+        nobody = torch.zeros(len(scores), dtype=torch.bool)
         if self.level is None:
-            return torch.zeros(len(scores), dtype=torch.bool)
+            return nobody
         level, spread = float(self.level[0]), float(torch.maximum(self.spread, _FLOOR)[0])
         below = scores < level / 2
         share = NormalDist().cdf(-level / 2 / spread)
         scatter = math.sqrt(len(scores) * share * (1 - share))
-        count = int(below.sum())
-        # If all lie below it is the level that has moved: those who are honest are among them.
-        too_many = level > 0 and len(scores) * share + 2 * scatter + 2 < count < len(scores)
-        if not too_many:
-            return torch.zeros_like(below)
+        if level <= 0 or int(below.sum()) <= len(scores) * share + 2 * scatter + 2:
+            return nobody
         between = (float(scores[below].median()) + level) / 2
         found = scores < max(level / 2, min(between, level - 2 * spread))
         return below if bool(found.all()) else found

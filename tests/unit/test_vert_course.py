@@ -1,12 +1,15 @@
 """The course of training: a bound on what attackers gain in many small steps."""
 
 import copy
+import math
 
 import pytest
 import torch
 from fedllm.strategies.attacks import colluding
-from fedllm.strategies.vert.course import Course
-from fedllm.strategies.vert.detector import Detector
+from fedllm.strategies.vert.course import Course, upper_part
+from fedllm.strategies.vert.detector import _TURN, _WIDEN, Detector
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.unit.test_vert import N, Q, after, honest, judge, normal
@@ -68,14 +71,35 @@ def test_noise_has_no_course():
 
 def test_a_noisy_crowd_follows_the_course_and_a_hostile_one_does_not():
     found = course()
-    assert found.carries(replies(13, 0.2, "noisy"))
-    assert not found.carries(replies(13, 0.0, "noise"))
-    assert not found.carries(replies(13, -0.3, "turned"))
+    assert found.carries(replies(13, 0.2, "noisy")).all()
+    assert not found.carries(replies(13, 0.0, "noise")).any()
+    assert not found.carries(replies(13, -0.3, "turned")).any()
     alike = 0.2 * FIRST + 0.6 * replies(1, 0.0, "elsewhere") + 0.2 * replies(13, 0.0, "own")
-    assert not found.carries(F.normalize(alike, dim=1))
-    assert not found.carries(replies(1, 0.5, "one"))
-    assert not Course().carries(replies(13, 0.5, "nothing yet"))
-    assert not course(agree=0.0).carries(replies(13, 0.5, "noise has no course"))
+    assert not found.carries(F.normalize(alike, dim=1)).any()
+    assert not found.carries(replies(1, 0.5, "one")).any()
+    assert not Course().carries(replies(13, 0.5, "nothing yet")).any()
+    assert not course(agree=0.0).carries(replies(13, 0.5, "noise has no course")).any()
+
+
+@pytest.mark.parametrize("hostile", [-0.5, -0.15, 0.0])
+def test_the_part_of_a_crowd_that_follows_the_course_is_told_apart(hostile):
+    crowd = torch.cat([replies(16, hostile, "hostile"), replies(4, 0.25, "noisy")])
+    assert course().carries(crowd).tolist() == [False] * 16 + [True] * 4
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=12))
+def test_the_upper_part_leaves_the_least_squares_within_both(values):
+    values = torch.tensor(values, dtype=torch.float64)
+    ordered = values.sort(descending=True).values
+
+    def within(part):
+        return float((part - part.mean()).square().sum())
+
+    least = min(within(ordered[:k]) + within(ordered[k:]) for k in range(1, len(values)))
+    upper = upper_part(values)
+    assert 0 < int(upper.sum()) < len(values)
+    assert values[upper].min() >= values[~upper].max()
+    assert within(values[upper]) + within(values[~upper]) == pytest.approx(least, abs=1e-9)
 
 
 def test_honest_scores_that_sink_as_training_settles_are_no_attack():
@@ -85,6 +109,39 @@ def test_honest_scores_that_sink_as_training_settles_are_no_attack():
         judge(detector, server_round, honest(server_round, common=0.6, own=0.2, noise=1.0))
     for server_round in range(6, 11):
         assert judge(detector, server_round, honest(server_round, common=0.3, own=0.1, noise=1.0)).kept.all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_turned_signs_do_not_get_in_while_training_settles(seed):
+    """Four honest ones' scores fall at once to a quarter, in the midst of an attack; training moves by what is kept."""
+
+    def update(moved, server_round, c):
+        signal, angle = 1.2 if server_round < 6 else 0.3, 0.1 * moved
+        first, second = normal(seed, 1, shape=(Q,)), normal(seed, 2, shape=(Q,))
+        common = math.cos(angle) * first + math.sin(angle) * second
+        habit, fresh = normal(seed, 3, c, shape=(Q,)), normal(seed, 4, c, server_round, shape=(Q,))
+        return signal * (common + habit / 3) + fresh
+
+    detector, moved, honest_kept, hostile_kept = Detector(Q), 0, 0, 0
+    for server_round in range(1, 17):
+        updates = torch.stack([update(moved, server_round, c) for c in range(N)])
+        if server_round > 2:
+            updates[4:] *= -1
+        kept = judge(detector, server_round, updates).kept
+        moved += bool(kept.any())
+        if server_round > 2:
+            honest_kept += int(kept[:4].sum())
+            hostile_kept += int(kept[4:].sum())
+    assert honest_kept >= 0.95 * 4 * 14
+    assert hostile_kept <= 0.01 * 16 * 14
+
+
+def test_a_round_that_keeps_nobody_does_not_open_the_course_to_those_who_pull_against_it():
+    """The yardstick gives way first; hostile replies near zero would make up for honest ones otherwise."""
+    directions = torch.cat([replies(4, 0.15, "honest"), replies(4, -0.1, "hostile")])
+    found = course()
+    assert found.hold(everybody(directions), directions, _TURN)[4:].sum() <= 1
+    assert found.hold(everybody(directions), directions, _WIDEN).all()
 
 
 def test_noise_in_place_of_most_replies_is_rejected_also_when_scores_are_small():
