@@ -29,8 +29,8 @@ from torch.nn import functional as F
 _WIDEN, _TURN = 1.5, 1.2
 """How much wider the yardstick, and the bound of the course, get with every round that keeps nobody. The yardstick
 gives way first: honest replies that it was too narrow for come back before hostile ones can pull training around."""
-_SLOW, _QUICK = 0.2, 0.5
-"""Shares of the newest round in what speaks for a stranger, and for a client in rounds with a crowd of low scores."""
+_NEWEST = 0.2
+"""Share of the newest round in what speaks for a client."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Detector:
         self._ladder = Ladder(seed)
         self._yardstick, self._strangers = Yardstick(), Yardstick(FOREIGN_LOG_SIZE)
         self._course = Course()
-        self._of_strangers, self._in_doubt = Evidence(_SLOW, clients), Evidence(_QUICK, clients)
+        self._of_strangers, self._since_crowd = Evidence(_NEWEST, clients), Evidence(_NEWEST, clients)
         self._judged = self._skipped = 0
 
     def judge(
@@ -162,18 +162,21 @@ class Detector:
         offsets: Tensor,
         directions: Tensor,
     ) -> Tensor:
-        """Distances ``[n]`` by a yardstick; a crowd of low scores is hostile, with two exceptions.
+        """Distances ``[n]`` by a yardstick; a crowd of low scores is hostile, unless it follows the course.
 
-        Who follows the course is noisy at most. And who stood out from such crowds before need not go with this one:
-        an honest score may sink for a round, those of a hostile crowd are low in all of them.
+        From the first hostile crowd on it is counted who stands out from it. Honest scores may sink for a round, and
+        hostile ones come near by chance: whoever has stood out so far does not go with a later crowd, and the others
+        stay hostile where there is none.
         """
         crowd = yardstick.crowd(features, offsets)
         carried = torch.zeros_like(crowd)
         carried[crowd] = self._course.carries(directions[crowd])
         distances = yardstick.distances(features, offsets, carried)
-        hostile = crowd & ~carried & (self._in_doubt.of(clients) <= 0)
-        if bool(crowd.any()) and yardstick.level is not None:
-            self._in_doubt.weigh(clients, features[:, 0] - offsets[:, 0] - yardstick.level[0] / 2)
+        standing = self._since_crowd.of(clients)
+        hostile = ((crowd & (standing <= 0)) | (standing < 0)) & ~carried
+        if yardstick.level is not None and (bool((crowd & ~carried).any()) or len(self._since_crowd)):
+            surplus = features[:, 0] - offsets[:, 0] - yardstick.level[0] / 2
+            self._since_crowd.weigh(clients, torch.where(carried, surplus.clamp_min(0), surplus))
         # Of a crowd of all it is the level that has moved: those who are honest are among them.
         return distances if bool(hostile.all()) else distances + hostile.float()
 
@@ -231,7 +234,7 @@ class Detector:
             "strangers": self._strangers.state_dict(),
             "course": self._course.state_dict(),
             "of_strangers": self._of_strangers.state_dict(),
-            "in_doubt": self._in_doubt.state_dict(),
+            "since_crowd": self._since_crowd.state_dict(),
             "judged": self._judged,
             "skipped": self._skipped,
         }
@@ -244,5 +247,5 @@ class Detector:
         self._strangers.load_state_dict(state["strangers"])
         self._course.load_state_dict(state["course"])
         self._of_strangers.load_state_dict(state["of_strangers"])
-        self._in_doubt.load_state_dict(state["in_doubt"])
+        self._since_crowd.load_state_dict(state["since_crowd"])
         self._judged, self._skipped = state["judged"], state["skipped"]

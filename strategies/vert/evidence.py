@@ -21,6 +21,10 @@ class Evidence:
         self._share, self._clients = share, clients
         self._means: dict[str, float] = {}
 
+    def __len__(self) -> int:
+        """Clients that have been weighed."""
+        return len(self._means)
+
     def of(self, clients: Sequence[str]) -> Tensor:
         """The means of clients, ``[n]``; 0 for those never weighed."""
         return torch.tensor([self._means.get(name, 0.0) for name in clients])

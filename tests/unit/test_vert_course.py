@@ -136,6 +136,18 @@ def test_turned_signs_do_not_get_in_while_training_settles(seed):
     assert hostile_kept <= 0.01 * 16 * 14
 
 
+def test_who_was_hostile_for_some_rounds_comes_back():
+    """Unlike those who stood out from the crowd, not in the round in which it ends."""
+    detector, back = Detector(Q), {}
+    for server_round in range(1, 21):
+        updates = honest(server_round)
+        if 3 <= server_round <= 8:
+            updates[4:] *= -1
+        back[server_round] = int(judge(detector, server_round, updates).kept.sum())
+    assert [back[r] for r in range(3, 10)] == [4] * 7
+    assert back[16] == N
+
+
 def test_a_round_that_keeps_nobody_does_not_open_the_course_to_those_who_pull_against_it():
     """The yardstick gives way first; hostile replies near zero would make up for honest ones otherwise."""
     directions = torch.cat([replies(4, 0.15, "honest"), replies(4, -0.1, "hostile")])
