@@ -252,17 +252,18 @@ def _adapted(
     hostile = arena.hostile
     honest, own = updates[~hostile].clone(), updates[hostile].clone()
 
-    def accepted(candidates: Tensor) -> Tensor:
+    def judged(candidates: Tensor) -> Tensor:
         if not isinstance(defence, Vert):
-            return torch.ones(len(candidates), dtype=torch.bool)
+            return torch.ones(len(updates))
         effort.queries += 1
         effort.candidates += len(candidates)
         trial = updates.clone()
         trial[hostile] = candidates
-        return defence.judge(copy.deepcopy(defence.detector), server_round, trial, root)[hostile] > 0
+        factors = defence.judge(copy.deepcopy(defence.detector), server_round, trial, root)
+        return torch.cat([factors[hostile], factors[~hostile]])
 
     began = time.perf_counter()
-    found = colluding.adaptive(honest, own, accepted)
+    found = colluding.adaptive(honest, own, judged)
     effort.seconds += time.perf_counter() - began
     effort.strengths.append(float((found - own)[0].norm() / own.norm(dim=1).median().clamp_min(1e-12)))
     return found

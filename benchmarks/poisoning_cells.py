@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from poisoning_arena import Outcome
-from poisoning_defences import ORACLE
+from poisoning_defences import ORACLE, OURS
 
 ANY = "any"
 """Attack of an oracle's cell: the mean of the honest clients does not depend on what the others send."""
@@ -26,11 +26,11 @@ GAME = (
 )  # fmt: skip
 VERT = tuple(
     f"fedllm.strategies.vert.{name}"
-    for name in ("course", "detector", "history", "predict", "select", "sketch")
+    for name in ("course", "detector", "evidence", "history", "predict", "rule", "select", "sketch")
 )
 _TEMPORAL = ("fedllm.strategies.robust.temporal",)
 OWN: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("vert", "vert-known", "vert-root"), VERT),
+    **dict.fromkeys(OURS, VERT),
     "vert-paper": ("fedllm.strategies.vert.paper",),
     **dict.fromkeys(("temporal-cosine", "flanders", "fldetector"), _TEMPORAL),
 }

@@ -11,13 +11,14 @@ from fedllm.strategies.robust import rules
 from fedllm.strategies.robust.temporal import Flanders, FLDetector, TemporalCosine
 from fedllm.strategies.vert.detector import Detector
 from fedllm.strategies.vert.paper import PaperDetector
+from fedllm.strategies.vert.rule import WEIGHTS, weigh_kept
 from fedllm.strategies.vert.sketch import Sketch, Sketcher
 from torch import Tensor
 
 from fedllm.seeding import derive_seed
 
 ORACLE = "oracle"
-OURS = ("vert", "vert-known", "vert-root")
+OURS = ("vert", "vert-known", "vert-mixed", "vert-root")
 TRUSTING = ("fltrust", "vert-root")
 """Defences that are given trusted data."""
 
@@ -93,21 +94,24 @@ class CentredClipping:
 class Vert:
     """Our default, over sketches; a round in which nobody is kept changes nothing."""
 
-    def __init__(self, seed: int, keep: float = 0.0, root: bool = False) -> None:
+    def __init__(self, seed: int, keep: float = 0.0, root: bool = False, rule: str = "mean") -> None:
         self.detector, self.sketcher = Detector(512, keep=keep, seed=seed), Sketcher(512, seed)
-        self._root = root
+        self._root, self._rule = root, WEIGHTS.get(rule)
 
     def judge(self, detector: Detector, server_round: int, updates: Tensor, root: Tensor) -> Tensor:
         """Factors ``[n]``."""
         sketches = [self.sketcher.tensor("update", update) for update in updates]
+        vectors = torch.stack([vector for vector, _ in sketches])
         trusted = self.sketcher.update({}, {"update": root})
-        return detector.judge(
+        judged = detector.judge(
             server_round,
             [str(index) for index in range(len(updates))],
-            torch.stack([vector for vector, _ in sketches]),
+            vectors,
             torch.tensor([square**0.5 for _, square in sketches]),
             Sketch(trusted.vector, trusted.norm) if self._root else None,
-        ).factors
+        )
+        factors = judged.factors
+        return factors if self._rule is None else weigh_kept(factors, vectors, self._rule)
 
     def aggregate(self, scene: Scene) -> tuple[Tensor, Tensor]:
         """See :class:`Defence`."""
@@ -158,5 +162,6 @@ def defences(n: int, hostile: int, seed: int) -> dict[str, Callable[[], Defence]
         "vert-paper": lambda: Judged(PaperDetector(n - hostile, seed=seed)),
         "vert": lambda: Vert(seed),
         "vert-known": lambda: Vert(seed, keep=float(n - hostile)),
+        "vert-mixed": lambda: Vert(seed, rule="mixed-geometric-median"),
         "vert-root": lambda: Vert(seed, root=True),
     }

@@ -126,26 +126,33 @@ def _squared_distances(honest: Tensor) -> Tensor:
     return (norms[:, None] + norms[None, :] - 2 * gram).clamp_min_(0)
 
 
-def adaptive(honest: Tensor, own: Tensor, accepted: Callable[[Tensor], Tensor], share: float = 0.9) -> Tensor:
-    """Colluders that know the defence: own honest updates, pushed against the mean as far as it lets them (ours).
+def adaptive(honest: Tensor, own: Tensor, judged: Callable[[Tensor], Tensor], share: float = 0.9) -> Tensor:
+    """Colluders that know the defence: own honest updates, pushed against the mean as far as pays (ours).
 
     Every colluder keeps the noise and the habits of its own data, so it looks like itself; all add γ·p with
-    p = −unit mean, and γ is the largest on a grid at which the defence still accepts ``share`` of them.
+    p = −unit mean, and γ is that of a grid which moves the aggregate furthest along p, of those at which the defence
+    still accepts ``share`` of them.
 
     Args:
         honest: updates of the others, ``[m, d]``.
         own: what the colluders would send if they were honest, ``[f, d]``.
-        accepted: asks a copy of the defence, ``[f, d] → [f]`` bool.
+        judged: asks a copy of the defence what becomes of theirs ``[f, d]`` and of the honest ones: factors
+            ``[f + m]`` of the updates in the mean of those whose factor is not 0.
         share: of the colluders that must get through.
 
     Returns:
         ``[f, d]``; ``own`` unchanged if nothing else gets through.
     """
-    size = own.norm(dim=1).median()
-    push = perturbation(torch.cat([honest, own]), "unit") * size
-    best = own
+    direction = perturbation(torch.cat([honest, own]), "unit")
+    push = direction * own.norm(dim=1).median()
+    best, furthest = own, -math.inf
     for gamma in (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0):
         candidate = own + gamma * push
-        if float(accepted(candidate).float().mean()) >= share:
-            best = candidate
+        factors = judged(candidate)
+        if float((factors[: len(own)] > 0).float().mean()) < share:
+            continue
+        along = torch.cat([candidate, honest]) @ direction
+        reached = float(factors @ along / (factors > 0).sum())
+        if reached > furthest:
+            best, furthest = candidate, reached
     return best

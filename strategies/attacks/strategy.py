@@ -235,18 +235,16 @@ class Adaptive(ColludingAttack):
             raise PlanError("the adaptive attack needs defence = vert: it tries its updates on a copy of it")
         seen = [self._sketch(guard, update) for update in honest]
 
-        def accepted(candidates: Tensor) -> Tensor:
+        def judged(candidates: Tensor) -> Tensor:
             sketches = [self._sketch(guard, update) for update in candidates] + seen
-            judged = copy.deepcopy(guard.detector).judge(
-                server_round,
-                names + self.others,
-                torch.stack([sketch.vector for sketch in sketches]),
-                torch.tensor([sketch.norm for sketch in sketches]),
-                guard.root_sketch,
+            vectors = torch.stack([sketch.vector for sketch in sketches])
+            norms = torch.tensor([sketch.norm for sketch in sketches])
+            found = copy.deepcopy(guard.detector).judge(
+                server_round, names + self.others, vectors, norms, guard.root_sketch
             )
-            return judged.kept[: len(candidates)]
+            return guard.weigh(found.factors, vectors)
 
-        return colluding.adaptive(honest, own, accepted)
+        return colluding.adaptive(honest, own, judged)
 
     def _sketch(self, guard: VERT, update: Tensor) -> Sketch:
         """What the guard will make of an update."""

@@ -119,10 +119,13 @@ def dnc_weights(
 
 def nnm(updates: Tensor, f: int) -> Tensor:
     """Nearest-neighbour mixing: each row becomes the mean of its n − f nearest, itself included (AISTATS 2023)."""
-    count = max(1, len(updates) - f)
-    nearest = squared_distances(updates).argsort(dim=1, stable=True)[:, :count]
-    mixing = updates.new_zeros(len(updates), len(updates)).scatter_(1, nearest, 1 / count)
-    return mixing @ updates
+    return _mixing(updates, f) @ updates
+
+
+def mixed_geometric_median_weights(updates: Tensor, f: int) -> Tensor:
+    """Weights ``[n]`` of the geometric median of the rows of :func:`nnm`; every row has some, for it mixes itself."""
+    mixing = _mixing(updates, f)
+    return geometric_median_weights(mixing @ updates) @ mixing
 
 
 def fltrust_weights(updates: Tensor, norms: Tensor, root: Tensor, root_norm: float) -> Tensor:
@@ -150,6 +153,13 @@ def squared_distances(updates: Tensor) -> Tensor:
     norms = gram.diagonal().clone()
     distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min_(0)
     return distances.fill_diagonal_(0)
+
+
+def _mixing(updates: Tensor, f: int) -> Tensor:
+    """``[n, n]``: 1/(n − f) for the n − f rows nearest to each, itself included."""
+    count = max(1, len(updates) - f)
+    nearest = squared_distances(updates).argsort(dim=1, stable=True)[:, :count]
+    return updates.new_zeros(len(updates), len(updates)).scatter_(1, nearest, 1 / count)
 
 
 def _sorted(updates: Tensor) -> Tensor:

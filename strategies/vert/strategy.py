@@ -7,19 +7,19 @@ from typing import Annotated, Any, Literal
 
 from fedllm.strategies.filtering import Cohort, ReplyFilter, Verdict, check_keep
 from fedllm.strategies.robust.coordinates import Median, NearestNeighbourMixing, TrimmedMean
-from fedllm.strategies.robust.strategy import GeometricMedian
 from fedllm.strategies.trusted import RootedFilter, RootUpdate
 from fedllm.strategies.vert.detector import Detector
+from fedllm.strategies.vert.rule import WEIGHTS, weigh_kept
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
+from torch import Tensor
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.events import EventBus
 
-Rule = Literal["mean", "geometric-median", "median", "trimmed-mean", "nnm"]
+Rule = Literal["mean", "geometric-median", "mixed-geometric-median", "median", "trimmed-mean", "nnm"]
 RULES: Mapping[str, type[ReplyFilter]] = {
-    "geometric-median": GeometricMedian,
     "median": Median,
     "trimmed-mean": TrimmedMean,
     "nnm": NearestNeighbourMixing,
@@ -46,7 +46,8 @@ class VERT(RootedFilter):
         max_clients: clients that are remembered.
         sketch_size: numbers that stand for an update.
         rule: what becomes of the kept replies: their ``mean`` by the inner strategy, or a robust rule among them, which
-            helps where some attackers got through; the coordinate rules need whole updates of one form.
+            helps where some attackers got through. ``geometric-median``, and ``mixed-geometric-median`` (that of the
+            means of each reply and those nearest to it) weigh the replies; the others need whole updates of one form.
         seed: of sketches and predictors.
         root: trusted update as a function instead of ``root_examples``.
 
@@ -69,11 +70,11 @@ class VERT(RootedFilter):
         seed: int = 0,
         root: RootUpdate | None = None,
     ) -> None:
-        if rule != "mean":
+        if rule in RULES:
             inner = RULES[rule](inner, seed=seed)
             inner.tells = False  # the verdict of the round is VERT's
         super().__init__(inner, root_examples=root_examples, root=root, sketch_size=sketch_size, seed=seed)
-        self.keep, self.warm_up = keep, warm_up
+        self.keep, self.warm_up, self.rule = keep, warm_up, rule
         self.detector = Detector(
             sketch_size,
             keep=parse_keep(keep),
@@ -113,7 +114,12 @@ class VERT(RootedFilter):
             "distances": dict(zip(cohort.clients, found.distances.tolist(), strict=True)),
             "predictor": found.predictor,
         }
-        return Verdict(found.factors, found.scores, details)
+        return Verdict(self.weigh(found.factors, cohort.sketches), found.scores, details)
+
+    def weigh(self, factors: Tensor, sketches: Tensor) -> Tensor:
+        """Factors ``[n]`` with the weights of the rule, where it is one that weighs; see :mod:`.rule`."""
+        rule = WEIGHTS.get(self.rule)
+        return factors if rule is None else weigh_kept(factors, sketches, rule)
 
     def own_state(self) -> dict[str, Any]:
         """The history of the clients and what the predictors have learned."""

@@ -110,13 +110,28 @@ def test_tuned_little_is_enough_is_at_least_as_bad_as_any_fixed_one():
 
 def test_the_adaptive_attack_goes_as_far_as_it_is_let():
     own = HONEST[:3]
-    found = colluding.adaptive(
-        HONEST[3:], own, lambda x: (x - own).norm(dim=1) < 0.5 * own.norm(dim=1).median()
-    )
-    shift = found - own
+    size = own.norm(dim=1).median()
+
+    def judged(candidates):
+        return torch.cat([((candidates - own).norm(dim=1) < 0.5 * size).float(), torch.ones(len(HONEST) - 3)])
+
+    shift = colluding.adaptive(HONEST[3:], own, judged) - own
     assert torch.allclose(shift[0], shift[1], atol=1e-5)
-    assert float(shift[0].norm() / own.norm(dim=1).median()) == pytest.approx(0.45, rel=1e-4)
-    assert torch.equal(colluding.adaptive(HONEST, own, lambda x: torch.zeros(len(x), dtype=torch.bool)), own)
+    assert float(shift[0].norm() / size) == pytest.approx(0.45, rel=1e-4)
+    assert torch.equal(colluding.adaptive(HONEST, own, lambda x: torch.zeros(len(x) + len(HONEST))), own)
+
+
+def test_the_adaptive_attack_goes_only_as_far_as_it_pays():
+    """All strengths are accepted, but those above 0.3 count a twentieth: 10 times as far would move less."""
+    honest, own = torch.eye(4)[:1].repeat(7, 1), torch.eye(4)[1:]
+
+    def judged(candidates):
+        far = (candidates - own).norm(dim=1) > 0.3001
+        return torch.cat([torch.where(far, 0.05, 1.0), torch.ones(7)])
+
+    shift = colluding.adaptive(honest, own, judged) - own
+    assert float(shift[0].norm()) == pytest.approx(0.3, rel=1e-4)
+    assert float(shift[0] @ honest[0]) < 0
 
 
 # ------------------------------------------------------------------- wrappers

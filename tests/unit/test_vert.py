@@ -395,7 +395,9 @@ def test_every_round_with_fewer_replies_than_keep_is_warned_of(keep, warned):
     ] == [True] * len(warned)
 
 
-@pytest.mark.parametrize("rule", ["geometric-median", "trimmed-mean", "median", "nnm"])
+@pytest.mark.parametrize(
+    "rule", ["geometric-median", "mixed-geometric-median", "trimmed-mean", "median", "nnm"]
+)
 def test_a_robust_rule_among_the_kept(rule):
     """Told to keep everybody, VERT lets one hostile reply through; the rule bounds it, and the verdict is VERT's."""
 
