@@ -9,22 +9,24 @@ the same.
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from federation import Federation, pretend_to_be_flower
+from flwr.app import Message, RecordDict
 from harness import Finished, arguments, chosen, console, report
 from poisoning_cells import OWN, VERT, code_digest
 
 from fedllm import registry
 from fedllm.config import RunConfig, Scalar
 from fedllm.events import EventBus
-from fedllm.records import encode
+from fedllm.records import SERVER_ROUND, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS, SHARE, ONSET = 20, 0.8, 3
@@ -52,6 +54,8 @@ DEFENCES: Mapping[str, Mapping[str, Scalar]] = {
     "temporal-cosine": {"defence": "temporal-cosine", "temporal-cosine.keep": 0.2},
     "vert": {"defence": "vert"},
 }
+FORGED = ("ipm", "alie", "min-max")
+"""Attacks that overwrite the hostile clients' replies by what they make of the honest ones'."""
 ORACLE = ("any", "oracle")
 """Attack and defence of the run without the hostile clients, which is the same whatever these would send."""
 HONEST_ONLY = "federation:HonestOnly"
@@ -74,6 +78,29 @@ class Outcome:
     honest_kept: float
     hostile_kept: float
     seconds: float
+
+
+class Arena(Federation):
+    """The run's federation, in which hostile clients whose replies are overwritten unseen need not train.
+
+    They answer as they did when they were honest for the last time, which changes no bit of what becomes of a round.
+    """
+
+    def __init__(
+        self, config: RunConfig, clients: int, events: EventBus, hostile: Mapping[str, bool]
+    ) -> None:
+        super().__init__(config, clients, events)
+        self._hostile = hostile
+        self._last: dict[int, RecordDict] = {}
+
+    def _train(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        server_round = int(cast(Any, message.content["config"])[SERVER_ROUND])
+        if self.config.attack in FORGED and server_round >= ONSET and self._hostile[str(node - 1)]:
+            return Message(copy.deepcopy(self._last[node]), reply_to=message)
+        reply = super()._train(message)
+        self._last[node] = copy.deepcopy(reply.content)
+        return reply
 
 
 class Kept:
@@ -133,7 +160,7 @@ def run(config: RunConfig, clients: int = CLIENTS) -> Outcome:
     started = time.process_time()
     hostile: dict[str, bool] = {}
     kept = Kept(hostile)
-    federation = Federation(config, clients, EventBus([kept]))
+    federation = Arena(config, clients, EventBus([kept]), hostile)
     arrays = encode(federation.bundle.initial_state)
     for server_round in range(1, config.rounds + 1):
         if config.attack == "none":

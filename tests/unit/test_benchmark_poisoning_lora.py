@@ -3,8 +3,10 @@
 import sys
 
 import pytest
+import torch
 
 from fedllm import client
+from fedllm.records import decode
 from tests.benchmark_scripts import load, write_texts
 
 
@@ -51,6 +53,26 @@ def test_a_colluding_attack_meets_each_defence(tiny, data):
         kept = 4 * outcome.hostile_kept + outcome.honest_kept  # of five, 80 % hostile
         assert kept == pytest.approx({"multi-krum": 3, "temporal-cosine": 1}.get(defence, kept))
         assert 0 <= kept <= 5
+
+
+@pytest.mark.parametrize("attack", ["ipm", "alie", "min-max"])
+def test_hostile_clients_whose_replies_are_overwritten_need_not_train(tiny, data, monkeypatch, attack):
+    def ended():
+        states, trained = [], []
+        real = client.train
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "train", lambda *given: trained.append(0) or real(*given))
+            patch.setattr(tiny.Arena, "accuracy", lambda self, arrays: states.append(decode(arrays)) or 0.5)
+            outcome = tiny.run(tiny.configuration((attack, "vert"), data, 1, 4, 1, 20), clients=5)
+        return outcome.hostile_kept, states[0], len(trained)
+
+    assert attack in tiny.FORGED
+    spared = ended()
+    monkeypatch.setattr(tiny, "FORGED", ())
+    whole = ended()
+    assert spared[0] == whole[0]
+    assert all(torch.equal(spared[1][name], value) for name, value in whole[1].items())
+    assert (spared[2], whole[2]) == (4 * 5 - 2 * 4, 4 * 5)
 
 
 def test_every_attack_is_run_against_every_defence_once(bench):
