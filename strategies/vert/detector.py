@@ -118,7 +118,7 @@ class Detector:
             # Few rounds say less of a client than a trusted update does.
             distances = against_root(directions @ trusted, features, root.norm)
         else:
-            distances = self._distances(clients, features, directions, known, against)
+            distances = self._distances(clients, features, directions, alone, known, against)
         distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
         predictor = self._ladder.chosen
         kept = self._select(distances, everybody=begins and root is None)
@@ -142,7 +142,13 @@ class Detector:
         return self._of_strangers.of(clients) < 0
 
     def _distances(
-        self, clients: Sequence[str], features: Tensor, directions: Tensor, known: Tensor, against: Tensor
+        self,
+        clients: Sequence[str],
+        features: Tensor,
+        directions: Tensor,
+        alone: Tensor,
+        known: Tensor,
+        against: Tensor,
     ) -> Tensor:
         """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for."""
         offsets = self._history.offsets(clients)
@@ -150,7 +156,7 @@ class Detector:
         for yardstick, ours in ((self._yardstick, known), (self._strangers, ~known)):
             names = [name for name, is_ours in zip(clients, ours.tolist(), strict=True) if is_ours]
             distances[ours] = self._measured(
-                yardstick, names, features[ours], offsets[ours], directions[ours]
+                yardstick, names, features[ours], offsets[ours], directions[ours], alone[ours]
             )
         return torch.where(~known & against, distances + 1, distances)
 
@@ -161,6 +167,7 @@ class Detector:
         features: Tensor,
         offsets: Tensor,
         directions: Tensor,
+        alone: Tensor,
     ) -> Tensor:
         """Distances ``[n]`` by a yardstick; a crowd of low scores is hostile, unless it follows the course.
 
@@ -168,17 +175,23 @@ class Detector:
         hostile ones come near by chance: whoever has stood out so far does not go with a later crowd, and the others
         stay hostile where there is none.
         """
-        crowd = yardstick.crowd(features, offsets)
-        carried = torch.zeros_like(crowd)
-        carried[crowd] = self._course.carries(directions[crowd])
-        distances = yardstick.distances(features, offsets, carried)
         standing = self._since_crowd.of(clients)
-        hostile = ((crowd & (standing <= 0)) | (standing < 0)) & ~carried
-        if yardstick.level is not None and (bool((crowd & ~carried).any()) or len(self._since_crowd)):
-            surplus = features[:, 0] - offsets[:, 0] - yardstick.level[0] / 2
-            self._since_crowd.weigh(clients, torch.where(carried, surplus.clamp_min(0), surplus))
-        # Of a crowd of all it is the level that has moved: those who are honest are among them.
-        return distances if bool(hostile.all()) else distances + hostile.float()
+        crowd = yardstick.crowd(features, offsets)
+        unsuspected = crowd & (standing >= 0)
+        carried = torch.zeros_like(crowd)
+        carried[unsuspected] = self._course.carries(directions[unsuspected])
+        distances = yardstick.distances(features, offsets, carried)
+        strays = crowd & (standing <= 0) & ~carried
+        if bool(strays.all()):
+            # A crowd of all says nothing of anybody: it is the level that has moved, the honest ones are among them.
+            strays = torch.zeros_like(strays)
+        elif yardstick.level is not None and (bool((crowd & ~carried).any()) or len(self._since_crowd)):
+            half = yardstick.level[0].clamp_min(0) / 2
+            # The past of a client that was away for long, or rejected, says little of it.
+            surplus = torch.maximum(features[:, 0] - offsets[:, 0], alone) - half
+            # A round speaks no louder against a client than one as expected speaks for it.
+            self._since_crowd.weigh(clients, torch.maximum(surplus, torch.where(carried, 0.0, -half)))
+        return distances + (strays | (standing < 0)).float()
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.unit.test_vert import N, Q, after, honest, judge, normal
+from tests.unit.test_vert import NAMES, N, Q, after, honest, judge, normal
 
 FIRST = F.normalize(normal("course", shape=(1, Q)), dim=1)
 
@@ -136,16 +136,30 @@ def test_turned_signs_do_not_get_in_while_training_settles(seed):
     assert hostile_kept <= 0.01 * 16 * 14
 
 
-def test_who_was_hostile_for_some_rounds_comes_back():
-    """Unlike those who stood out from the crowd, not in the round in which it ends."""
-    detector, back = Detector(Q), {}
-    for server_round in range(1, 21):
+@pytest.mark.parametrize("rounds", [1, 6, 10])
+def test_who_was_hostile_comes_back(rounds):
+    """Not in the round in which it behaves again, but not never, however stale its history has become."""
+    detector, kept = Detector(Q), {}
+    end = 3 + rounds
+    for server_round in range(1, end + 9):
         updates = honest(server_round)
-        if 3 <= server_round <= 8:
+        if 3 <= server_round < end:
             updates[4:] *= -1
-        back[server_round] = int(judge(detector, server_round, updates).kept.sum())
-    assert [back[r] for r in range(3, 10)] == [4] * 7
-    assert back[16] == N
+        kept[server_round] = int(judge(detector, server_round, updates).kept.sum())
+    assert [kept[r] for r in range(3, end + 2)] == [4] * (rounds + 2)
+    assert [kept[r] for r in range(end + 6, end + 9)] == [N] * 3
+
+
+def test_a_round_of_none_but_hostile_ones_does_not_let_those_in_who_come_near():
+    """Of many clients few are asked in a round: all of those may be known from hostile crowds."""
+    detector = Detector(Q)
+    for server_round in range(1, 8):
+        updates = honest(server_round, common=0.5, own=0.1, noise=1.0)
+        if server_round > 2:
+            updates[4:] *= -1
+        judge(detector, server_round, updates)
+    updates = honest(8, common=0.15, own=0.0, noise=1.0)[4:]  # near enough for some, had they a better name
+    assert not judge(detector, 8, updates, NAMES[4:]).kept.any()
 
 
 def test_a_round_that_keeps_nobody_does_not_open_the_course_to_those_who_pull_against_it():
@@ -189,11 +203,12 @@ def test_an_attacker_who_knows_the_detector_cannot_turn_training_around():
         for server_round in range(5, 11):
             updates = honest(server_round)
 
-            def accepted(candidates, updates=updates, server_round=server_round, detector=detector):
+            def judged(candidates, updates=updates, server_round=server_round, detector=detector):
                 trial = torch.cat([updates[:4], candidates])
-                return judge(copy.deepcopy(detector), server_round, trial).kept[4:]
+                factors = judge(copy.deepcopy(detector), server_round, trial).factors
+                return torch.cat([factors[4:], factors[:4]])
 
-            pushed = colluding.adaptive(updates[:4], updates[4:], accepted)
+            pushed = colluding.adaptive(updates[:4], updates[4:], judged)
             found = judge(detector, server_round, torch.cat([updates[:4], pushed]))
             moved = (found.factors[:, None] * torch.cat([updates[:4], pushed])).sum(0)
             last = F.cosine_similarity(moved, updates.mean(0), dim=0)
