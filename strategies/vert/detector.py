@@ -124,7 +124,7 @@ class Detector:
         kept = self._select(distances, everybody=begins and root is None)
         if not begins:
             kept = self._course.hold(kept, directions, _TURN**self._skipped)
-        factors = self._clipped(kept, norms)
+        factors = self._clipped(kept, norms, self._history.rounds(clients))
         self._skipped = 0 if bool(kept.any()) else self._skipped + 1
         if bool(kept.any()):
             self._learn(server_round, clients, kept, inputs, directions, features, alone)
@@ -208,10 +208,15 @@ class Detector:
         kept[distances.argsort(stable=True)[:count]] = True
         return kept & torch.isfinite(distances)
 
-    def _clipped(self, kept: Tensor, norms: Tensor) -> Tensor:
+    def _clipped(self, kept: Tensor, norms: Tensor, rounds: Tensor) -> Tensor:
+        """Factors ``[n]``: what is usual is told by the kept, each as much as the rounds ``[n]`` it was kept in before.
+
+        Newcomers could be many, and set the size to which all are clipped.
+        """
         if not bool(kept.any()):
             return torch.zeros_like(norms)
-        limit = self.clip * norms[kept].median()
+        weights = rounds[kept] if bool(rounds[kept].any()) else torch.ones(int(kept.sum()))
+        limit = self.clip * _weighted_median(norms[kept], weights)
         return torch.where(kept, (limit / norms.clamp_min(1e-30)).clamp_max(1.0), 0.0)
 
     def _learn(
@@ -262,3 +267,10 @@ class Detector:
         self._of_strangers.load_state_dict(state["of_strangers"])
         self._since_crowd.load_state_dict(state["since_crowd"])
         self._judged, self._skipped = state["judged"], state["skipped"]
+
+
+def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """The lowest of values ``[n]`` that has half of the weights ``[n]`` at or below it."""
+    order = values.argsort()
+    reached = weights[order].double().cumsum(0)
+    return values[order[int((reached >= reached[-1] / 2).nonzero()[0, 0])]]

@@ -176,6 +176,20 @@ def test_a_long_update_is_clipped_to_the_kept_ones():
     assert found.factors[7] == pytest.approx(float(limit / updates[7].norm()), rel=1e-5)
 
 
+def test_newcomers_do_not_set_the_size_to_which_all_are_clipped():
+    """Twelve of sixteen kept are new and three times as long."""
+    detector = Detector(Q)
+    for server_round in range(1, 6):
+        judge(detector, server_round, honest(server_round)[:4], NAMES[:4])
+    updates = honest(6)
+    updates[4:] *= 3
+    found = judge(detector, 6, updates)
+    usual = updates[:4].norm(dim=1).sort().values[1]
+    assert found.kept[4:].sum() >= 8
+    moved = found.factors * updates.norm(dim=1)
+    assert moved.max() <= 1.5 * usual * 1.0001
+
+
 @pytest.mark.parametrize("name", ["sign-flip", "noise", "ipm", "zero", "scaling"])
 def test_a_trusted_update_settles_an_attack_from_the_first_round(name):
     detector = Detector(Q)
