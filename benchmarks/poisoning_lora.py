@@ -26,7 +26,7 @@ from poisoning_cells import OWN, VERT, code_digest
 from fedllm import registry
 from fedllm.config import RunConfig, Scalar
 from fedllm.events import EventBus
-from fedllm.records import SERVER_ROUND, encode
+from fedllm.records import CONFIG, SERVER_ROUND, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS, SHARE, ONSET = 20, 0.8, 3
@@ -90,16 +90,19 @@ class Arena(Federation):
         self, config: RunConfig, clients: int, events: EventBus, hostile: Mapping[str, bool]
     ) -> None:
         super().__init__(config, clients, events)
-        self._hostile = hostile
+        self._hostile, self._forged = hostile, config.attack in FORGED
         self._last: dict[int, RecordDict] = {}
 
     def _train(self, message: Message) -> Message:
+        if not self._forged:
+            return super()._train(message)
         node = message.metadata.dst_node_id
-        server_round = int(cast(Any, message.content["config"])[SERVER_ROUND])
-        if self.config.attack in FORGED and server_round >= ONSET and self._hostile[str(node - 1)]:
+        server_round = int(cast(Any, message.content[CONFIG])[SERVER_ROUND])
+        if server_round >= ONSET and self._hostile[str(node - 1)]:
             return Message(copy.deepcopy(self._last[node]), reply_to=message)
         reply = super()._train(message)
-        self._last[node] = copy.deepcopy(reply.content)
+        if server_round < ONSET:
+            self._last[node] = copy.deepcopy(reply.content)
         return reply
 
 
