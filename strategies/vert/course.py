@@ -27,6 +27,9 @@ _SHARE, _CARRIED = 0.5, 0.6
 _LEAST, _NOISE = 0.2, 0.01
 """Usual agreement below which there is no course to hold; cosine of two replies below which they are only noise."""
 
+_SIGMAS = 2.0
+"""By how much of a sketch's noise what is kept may point away from a trusted update."""
+
 
 class Course:
     """Slow mean ``[q]`` of the accepted directions, the usual agreement with it, and the usual |μ|²."""
@@ -114,6 +117,27 @@ class Course:
         """Take over what :meth:`state_dict` returned."""
         self._mean, self._usual = state.get("mean"), state.get("usual")
         self._alike = state["alike"]
+
+
+def towards(trusted: Tensor, kept: Tensor, directions: Tensor) -> Tensor:
+    """Who is still kept so that the mean of all does not point away from a trusted update, ``[n]`` bool.
+
+    Those that agree least with it are left out. A trusted update that has learned its few rows by heart says nothing,
+    and what a sketch adds to a cosine is not held against anybody.
+
+    Args:
+        trusted: direction ``[q]`` of norm 1.
+        kept: who would be kept otherwise.
+        directions: ``[n, q]`` of norm 1.
+    """
+    held = torch.zeros_like(kept)
+    agreement = directions @ trusted
+    order = [index for index in agreement.argsort(descending=True, stable=True).tolist() if kept[index]]
+    sums = directions[order].cumsum(0)
+    enough = (sums @ trusted >= -_SIGMAS / len(trusted) ** 0.5 * sums.norm(dim=1)).nonzero()[:, 0].tolist()
+    if enough:
+        held[order[: enough[-1] + 1]] = True
+    return held
 
 
 def _alike(directions: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 A round is judged in five steps. *Predict* every client's direction from its own and the global history. *Measure* how
 each reply differs (:mod:`fedllm.strategies.vert.select`). *Keep* those within the yardstick, or the ``keep`` nearest to
-it. *Hold the course*: what is kept must together agree with the way that training has gone
-(:mod:`fedllm.strategies.vert.course`). *Learn* from the accepted replies only.
+it. *Hold the course*: what is kept must together agree with the way that training has gone, and must not point away
+from a trusted update if there is one (:mod:`fedllm.strategies.vert.course`). *Learn* from the accepted replies only.
 
 If nobody lies within the yardstick nobody is kept: either all are hostile, or training itself has turned. The yardstick
 is then half as wide again in the next round, and so on, so that those who are nearest to expectation come back first.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fedllm.strategies.vert.course import Course
+from fedllm.strategies.vert.course import Course, towards
 from fedllm.strategies.vert.evidence import Evidence
 from fedllm.strategies.vert.history import History
 from fedllm.strategies.vert.predict import Ladder, without_own
@@ -124,6 +124,8 @@ class Detector:
         kept = self._select(distances, everybody=begins and root is None)
         if not begins:
             kept = self._course.hold(kept, directions, _TURN**self._skipped)
+        if trusted is not None:
+            kept = towards(trusted, kept, directions)
         factors = self._clipped(kept, norms, self._history.rounds(clients))
         self._skipped = 0 if bool(kept.any()) else self._skipped + 1
         if bool(kept.any()):
@@ -175,8 +177,8 @@ class Detector:
         hostile ones come near by chance: whoever has stood out so far does not go with a later crowd, and the others
         stay hostile where there is none.
         """
-        standing = self._since_crowd.of(clients)
-        crowd = yardstick.crowd(features, offsets)
+        standing, scores = self._since_crowd.of(clients), features[:, 0] - offsets[:, 0]
+        crowd = yardstick.crowd(scores)
         unsuspected = crowd & (standing >= 0)
         carried = torch.zeros_like(crowd)
         carried[unsuspected] = self._course.carries(directions[unsuspected])
@@ -188,7 +190,7 @@ class Detector:
         elif yardstick.level is not None and (bool((crowd & ~carried).any()) or len(self._since_crowd)):
             half = yardstick.level[0].clamp_min(0) / 2
             # The past of a client that was away for long, or rejected, says little of it.
-            surplus = torch.maximum(features[:, 0] - offsets[:, 0], alone) - half
+            surplus = torch.maximum(scores, alone) - half
             # A round speaks no louder against a client than one as expected speaks for it.
             self._since_crowd.weigh(clients, torch.maximum(surplus, torch.where(carried, 0.0, -half)))
         return distances + (strays | (standing < 0)).float()

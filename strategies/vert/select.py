@@ -87,16 +87,11 @@ class Yardstick:
             distances[features[:, 2] > COPY] = math.inf
         return distances
 
-    def crowd(self, features: Tensor, offsets: Tensor) -> Tensor:
-        """Whose scores ``[n]`` lie below half of the level, if too many do for honest scatter; else nobody's.
+    def crowd(self, scores: Tensor) -> Tensor:
+        """Whose scores ``[n]`` (less offsets) are below half of the level, if too many for honest scatter, or nobody's.
 
         With them are those who are nearer to them than to the level, and beyond twice the honest spread of it.
-
-        Args:
-            features: ``[n, 3]`` in the order of :data:`FEATURES`.
-            offsets: how each client usually differs from the level, ``[n, 3]``.
         """
-        scores = features[:, 0] - offsets[:, 0]
         nobody = torch.zeros(len(scores), dtype=torch.bool)
         if self.level is None:
             return nobody
