@@ -3,8 +3,9 @@
 The yardstick looks at one reply in one round. Colluders who know it can stay just within it, move it a little in every
 round, and so turn training around step by step. This is the bound on the sum of such steps (ours): a slow mean of the
 accepted directions, and how well what the replies have in common usually agrees with it. Where that of the kept falls
-below half of the usual, those that agree least are left out until it does not. Both are slow, so that a majority cannot
-move them as it moves the yardstick; a gradual decline, as training has it, they follow.
+below four fifths of the usual (of what the best quarter reaches, if that is less) by more than noise explains, or below
+half of it, those that agree least are left out until it does not. Both are slow, so that a majority cannot move them as
+it moves the yardstick; a gradual decline, as training has it, they follow.
 
 Of k replies with directions d, the common part μ is what is left without noise: |μ|² = (k·|d̄|² − 1) / (k − 1), the mean
 cosine between two of them, whatever k is. So a few replies can be held to what many have shown, and noise that grows as
@@ -13,6 +14,7 @@ training settles is nobody's fault.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,13 +24,13 @@ from torch.nn import functional as F
 
 _DIRECTION, _USUAL = 0.15, 0.1
 """Shares of the newest round in the slow mean and in the usual agreement."""
-_SHARE, _CARRIED = 0.5, 0.6
-"""Shares of the usual agreement: what the kept must reach, and a crowd of low scores that is only noisy."""
+_SHARE, _ANYWAY, _CARRIED = 0.8, 0.5, 0.6
+"""Shares of the usual agreement: what the kept must reach but for their noise, and however noisy they are; and what a
+crowd of low scores that is only noisy must reach."""
 _LEAST, _NOISE = 0.2, 0.01
 """Usual agreement below which there is no course to hold; cosine of two replies below which they are only noise."""
-
 _SIGMAS = 2.0
-"""By how much of a sketch's noise what is kept may point away from a trusted update."""
+"""Of a sketch's noise, which counts against nobody."""
 
 
 class Course:
@@ -55,13 +57,14 @@ class Course:
         """
         if self._usual is None or self._usual < _LEAST:
             return kept
-        floor = (_SHARE + 1 - relief) * self._usual
         held = torch.zeros_like(kept)
         agreement = self.agreement(directions)
         order = [index for index in agreement.argsort(descending=True, stable=True).tolist() if kept[index]]
         alike = _alike(directions[order])
         alike[:1] = self._alike  # a lone reply does not tell its noise
         means = agreement[order].cumsum(0) / torch.arange(1, len(order) + 1)
+        best = float(self._denoised(means[math.ceil(len(order) / 4) - 1], alike[-1])) if order else 0.0
+        floor = self._needed(alike, directions.shape[1], best) + (1 - relief) * self._usual
         enough = (self._denoised(means, alike) >= floor).nonzero()[:, 0].tolist()
         if enough:
             held[order[: enough[-1] + 1]] = True
@@ -90,7 +93,7 @@ class Course:
         if self._mean is not None and len(directions) > 1:
             alike = _alike(directions)[-1]
             found = float(self._denoised(self.agreement(directions).mean(), alike))
-            if self._usual is not None and self._usual >= _LEAST and found < _SHARE * self._usual:
+            if self._usual is not None and self._usual >= _LEAST and found < _ANYWAY * self._usual:
                 self._mean, self._usual, self._alike = directions.mean(0), None, 0.0
                 return
             if self._usual is None:
@@ -100,13 +103,27 @@ class Course:
         newest = directions.mean(0)
         self._mean = newest if self._mean is None else self._mean + _DIRECTION * (newest - self._mean)
 
+    def _needed(self, alike: Tensor, size: int, best: float) -> Tensor:
+        """Agreement that the first k of replies must reach, ``[n]``, k = 1 to n: of the usual one, less their noise.
+
+        A client's own noise agrees with the course by chance, by 1/√q in a sketch, and less so the mean of many. Where
+        even the quarter that agrees best agrees less than usual, it is training that turns.
+        """
+        k = torch.arange(1, len(alike) + 1)
+        noise = (size * k).rsqrt() / self._length(alike)
+        usual = self._usual or 0.0
+        return (_SHARE * min(usual, best) - _SIGMAS * noise).clamp_min(_ANYWAY * usual)
+
     def _denoised(self, mean_cosine: Tensor, alike: Tensor) -> Tensor:
-        """Cosine between the course and what replies have in common, from the mean of their own cosines to it.
+        """Cosine between the course and what replies have in common, from the mean of their own cosines to it."""
+        return (mean_cosine / self._length(alike)).clamp(-1, 1)
+
+    def _length(self, alike: Tensor) -> Tensor:
+        """Of what replies have in common, from the mean cosine between two of them.
 
         Replies that pull against each other have little in common, too; only a gradual loss counts as noise.
         """
-        least = max(_NOISE, self._alike / 4)
-        return (mean_cosine / alike.clamp_min(least).sqrt()).clamp(-1, 1)
+        return alike.clamp_min(max(_NOISE, self._alike / 4)).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """Mean and usual agreement, where there are any."""

@@ -46,6 +46,27 @@ def test_as_many_as_go_on_are_kept_however_few_they_are(count):
     assert course().hold(everybody(directions), directions, 1.0).all()
 
 
+def turned(count, cosine, *key):
+    """Replies whose common part has a given cosine to ``FIRST``, all into one direction."""
+    aside = normal("aside", shape=(1, Q))
+    aside = F.normalize(aside - aside @ FIRST.T * FIRST, dim=1)
+    common = cosine * FIRST + (1 - cosine**2) ** 0.5 * aside
+    return F.normalize(0.5 * common + 0.87 * normal(*key, shape=(count, Q)) / Q**0.5, dim=1)
+
+
+def test_of_those_who_pull_aside_some_are_left_out():
+    """Half of the usual agreement would do for all of them."""
+    directions = torch.cat([replies(8, 0.5, "honest"), turned(12, 0.0, "aside")])
+    held = course().hold(everybody(directions), directions, 1.0)
+    assert held[:8].all()
+    assert held[8:].sum() <= 9
+
+
+def test_if_all_turn_alike_it_is_training_that_turns():
+    directions = turned(20, 0.65, "all")
+    assert course().hold(everybody(directions), directions, 1.0).all()
+
+
 def test_more_noise_is_nobodys_fault():
     directions = replies(10, 0.3, "noisy")
     assert course().hold(everybody(directions), directions, 1.0).all()
