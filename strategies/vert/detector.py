@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from fedllm.strategies.vert.course import Course, towards
 from fedllm.strategies.vert.evidence import Evidence
-from fedllm.strategies.vert.history import History
+from fedllm.strategies.vert.history import COPY, History
 from fedllm.strategies.vert.predict import Ladder, without_own
 from fedllm.strategies.vert.select import FEATURES, FOREIGN_LOG_SIZE, Yardstick, against_root, twins
 from fedllm.strategies.vert.sketch import Sketch
@@ -29,6 +29,9 @@ from torch.nn import functional as F
 _WIDEN, _TURN = 1.5, 1.2
 """How much wider the yardstick, and the bound of the course, get with every round that keeps nobody. The yardstick
 gives way first: honest replies that it was too narrow for come back before hostile ones can pull training around."""
+_UNTELLING, _MOST = 0.2, 10.0
+"""What such a round counts if only clients took part that are not known to stand out from the hostile, and what all
+such rounds in a row count at most."""
 _NEWEST = 0.2
 """Share of the newest round in what speaks for a client."""
 
@@ -85,7 +88,8 @@ class Detector:
         self._yardstick, self._strangers = Yardstick(), Yardstick(FOREIGN_LOG_SIZE)
         self._course = Course()
         self._of_strangers, self._since_crowd = Evidence(_NEWEST, clients), Evidence(_NEWEST, clients)
-        self._judged = self._skipped = 0
+        self._judged, self._skipped = 0, 0.0
+        self._again: float | None = None
 
     def judge(
         self,
@@ -111,15 +115,18 @@ class Detector:
         against = self._against(clients, alone)
         known = self._history.rounds(clients) > 0
         scores = torch.where(known, (self._ladder.predict(inputs) * directions).sum(1), alone)
-        begins = self._judged < self.warm_up
+        begins, evidence = self._judged < self.warm_up, list[tuple[list[str], Tensor]]()
         twin = twins(directions, scores, settle=begins and root is not None)
         features = torch.stack([scores, norms.clamp_min(1e-30).log(), twin], 1)
         if begins and root is not None and trusted is not None:
             # Few rounds say less of a client than a trusted update does.
             distances = against_root(directions @ trusted, features, root.norm)
         else:
-            distances = self._distances(clients, features, directions, alone, known, against)
-        distances[(norms == 0) | self._history.repeats(clients, directions)] = math.inf
+            distances, evidence = self._distances(clients, features, directions, alone, known, against)
+        again = self._history.likeness(clients, directions)
+        distances[(norms == 0) | ((again > COPY) & (self._again is not None and self._again < COPY))] = (
+            math.inf
+        )
         predictor = self._ladder.chosen
         kept = self._select(distances, everybody=begins and root is None)
         if not begins:
@@ -127,10 +134,15 @@ class Detector:
         if trusted is not None:
             kept = towards(trusted, kept, directions)
         factors = self._clipped(kept, norms, self._history.rounds(clients))
-        self._skipped = 0 if bool(kept.any()) else self._skipped + 1
         if bool(kept.any()):
+            self._skipped = 0.0
             self._learn(server_round, clients, kept, inputs, directions, features, alone)
+            self._learn_likeness(again[kept & known])
             self._course.learn(directions[kept])
+            for names, surplus in evidence:
+                self._since_crowd.weigh(names, surplus)
+        else:
+            self._relieve(clients)
         return Judgement(factors, scores, distances, predictor)
 
     def _against(self, clients: Sequence[str], alone: Tensor) -> Tensor:
@@ -151,16 +163,21 @@ class Detector:
         alone: Tensor,
         known: Tensor,
         against: Tensor,
-    ) -> Tensor:
-        """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for."""
-        offsets = self._history.offsets(clients)
+    ) -> tuple[Tensor, list[tuple[list[str], Tensor]]]:
+        """From what is expected ``[n]``: of a client with a history, or of one that only the others can speak for.
+
+        Returns:
+            the distances; names and what the round says of them, if it is worth remembering.
+        """
+        offsets, evidence = self._history.offsets(clients), list[tuple[list[str], Tensor]]()
         distances = torch.zeros(len(clients))
         for yardstick, ours in ((self._yardstick, known), (self._strangers, ~known)):
             names = [name for name, is_ours in zip(clients, ours.tolist(), strict=True) if is_ours]
-            distances[ours] = self._measured(
+            distances[ours], surplus = self._measured(
                 yardstick, names, features[ours], offsets[ours], directions[ours], alone[ours]
             )
-        return torch.where(~known & against, distances + 1, distances)
+            evidence += [] if surplus is None else [(names, surplus)]
+        return torch.where(~known & against, distances + 1, distances), evidence
 
     def _measured(
         self,
@@ -170,12 +187,15 @@ class Detector:
         offsets: Tensor,
         directions: Tensor,
         alone: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Distances ``[n]`` by a yardstick; a crowd of low scores is hostile, unless it follows the course.
 
         From the first hostile crowd on it is counted who stands out from it. Honest scores may sink for a round, and
         hostile ones come near by chance: whoever has stood out so far does not go with a later crowd, and the others
         stay hostile where there is none.
+
+        Returns:
+            the distances, and by how much each stood out ``[n]``, if there is or was a crowd.
         """
         standing, scores = self._since_crowd.of(clients), features[:, 0] - offsets[:, 0]
         crowd = yardstick.crowd(scores)
@@ -183,7 +203,7 @@ class Detector:
         carried = torch.zeros_like(crowd)
         carried[unsuspected] = self._course.carries(directions[unsuspected])
         distances = yardstick.distances(features, offsets, carried)
-        strays = crowd & (standing <= 0) & ~carried
+        strays, stood_out = crowd & (standing <= 0) & ~carried, None
         if bool(strays.all()):
             # A crowd of all says nothing of anybody: it is the level that has moved, the honest ones are among them.
             strays = torch.zeros_like(strays)
@@ -192,8 +212,23 @@ class Detector:
             # The past of a client that was away for long, or rejected, says little of it.
             surplus = torch.maximum(scores, alone) - half
             # A round speaks no louder against a client than one as expected speaks for it.
-            self._since_crowd.weigh(clients, torch.maximum(surplus, torch.where(carried, 0.0, -half)))
-        return distances + (strays | (standing < 0)).float()
+            stood_out = torch.maximum(surplus, torch.where(carried, 0.0, -half))
+        return distances + (strays | (standing < 0)).float(), stood_out
+
+    def _relieve(self, clients: Sequence[str]) -> None:
+        """Note a round that kept nobody.
+
+        If nobody took part of whom it is known that it stands out from the hostile, the round says little about
+        whether training has turned, and the yardstick is not to widen for the hostile alone.
+        """
+        telling = len(self._since_crowd) == 0 or bool((self._since_crowd.of(clients) > 0).any())
+        self._skipped = min(_MOST, self._skipped + (1.0 if telling else _UNTELLING))
+
+    def _learn_likeness(self, again: Tensor) -> None:
+        """How like its own last updates an accepted reply usually is; gradients of whole data sets hardly change."""
+        if len(again):
+            newest = float(again.median())
+            self._again = newest if self._again is None else (self._again + newest) / 2
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +239,7 @@ class Detector:
         if everybody:
             return torch.isfinite(distances)
         if self.keep == 0:
-            return distances <= _WIDEN**self._skipped
+            return distances <= float(_WIDEN**self._skipped)
         count = int(self.keep) if self.keep >= 1 else math.ceil(self.keep * len(distances) - 1e-9)
         kept = torch.zeros(len(distances), dtype=torch.bool)
         kept[distances.argsort(stable=True)[:count]] = True
@@ -257,6 +292,7 @@ class Detector:
             "since_crowd": self._since_crowd.state_dict(),
             "judged": self._judged,
             "skipped": self._skipped,
+            "again": self._again,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -268,7 +304,7 @@ class Detector:
         self._course.load_state_dict(state["course"])
         self._of_strangers.load_state_dict(state["of_strangers"])
         self._since_crowd.load_state_dict(state["since_crowd"])
-        self._judged, self._skipped = state["judged"], state["skipped"]
+        self._judged, self._skipped, self._again = state["judged"], state["skipped"], state["again"]
 
 
 def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:

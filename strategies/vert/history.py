@@ -16,7 +16,7 @@ from fedllm.strategies.vert.predict import INPUTS
 from torch import Tensor
 
 COPY = 0.9999
-"""Cosine from which two updates count as one vector sent twice: training on data never agrees so far."""
+"""Cosine from which two updates count as one vector sent twice: training on batches of data never agrees so far."""
 
 
 @dataclass
@@ -69,13 +69,13 @@ class History:
             inputs[:, 4] = root
         return inputs
 
-    def repeats(self, clients: Sequence[str], directions: Tensor) -> Tensor:
-        """Which directions ``[n, q]`` are copies of one that the same client has sent before, ``[n]`` bool."""
-        found = torch.zeros(len(clients), dtype=torch.bool)
+    def likeness(self, clients: Sequence[str], directions: Tensor) -> Tensor:
+        """Largest cosine of each direction ``[n, q]`` to one that the same client has sent before, ``[n]``; 0: none."""
+        found = torch.zeros(len(clients))
         for index, name in enumerate(clients):
             record = self.records.get(name)
             if record is not None and record.directions:
-                found[index] = (torch.stack(list(record.directions)) @ directions[index]).max() > COPY
+                found[index] = (torch.stack(list(record.directions)) @ directions[index]).max()
         return found
 
     def offsets(self, clients: Sequence[str]) -> Tensor:

@@ -435,6 +435,33 @@ def test_the_loop_looks_through_wrappers():
     assert core_of(VERT(VERT(core))) is core
 
 
+def test_gradients_of_whole_data_sets_hardly_change_and_are_no_replay():
+    """Each client's direction turns by a thousandth of itself from round to round."""
+    detector, still = Detector(Q), honest(1)
+    for server_round in range(1, 9):
+        updates = still + 1e-3 * honest(server_round, common=0.0, own=0.0)
+        assert judge(detector, server_round, updates).kept.all(), server_round
+
+
+def test_hostile_clients_alone_do_not_widen_what_is_expected():
+    """Four honest clients stood out for three rounds; then none of them is asked for ten."""
+    detector = after(3)
+    for server_round in range(4, 7):
+        updates = attacked(honest(server_round), ATTACKS["sign-flip"])
+        assert judge(detector, server_round, updates).kept.tolist() == [True] * 4 + [False] * 16
+    for server_round in range(7, 17):
+        updates = attacked(honest(7), ATTACKS["sign-flip"])[4:] + 0.1 * honest(server_round)[4:]
+        assert not judge(detector, server_round, updates, NAMES[4:]).kept.any(), server_round
+    assert judge(detector, 17, honest(8)).kept[:4].all()
+
+
+def test_a_thousand_rounds_that_keep_nobody_do_no_harm():
+    detector = after(3)
+    for _ in range(2000):
+        detector._relieve(NAMES)
+    assert judge(detector, 2000, honest(4)).kept.all()
+
+
 def test_a_turn_of_training_does_not_lock_everybody_out():
     """All clients turn at once: nobody fits for a round or two, then the nearest come back."""
     detector = after(3)
