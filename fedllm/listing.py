@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from typing import Any, get_args
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,37 +33,54 @@ def keys() -> Keys:
     Returns:
         Objects with ``key``, ``type``, ``choices``, ``default`` and ``description``.
     """
-    return _own_keys() + [key for kind in ("strategies", "clients", "sinks") for key in _plugin_keys(kind)]
+    return _own_keys() + [key for kind in registry.KINDS for key in _plugin_keys(kind)]
 
 
 def _plugin_keys(kind: str) -> Keys:
     """Parameters of plug-ins' constructors, inherited ones too.
 
-    Left out is what a strategy inherits from :class:`fedllm.strategy.BaseStrategy`: keys of fedllm's own set it.
+    Left out is what a strategy inherits from :class:`fedllm.strategy.BaseStrategy` and what a defence or attack gets
+    from the run: keys of fedllm's own set it; and functions, which only Python can give.
     """
     from fedllm.strategy import BaseStrategy  # needs torch, which a list of names does not wait for
 
-    common = inspect.signature(BaseStrategy.__init__).parameters.keys()
+    common = inspect.signature(BaseStrategy.__init__).parameters.keys() if kind == "strategies" else ()
     found: Keys = []
     for name in registry.available(kind):
         cls = registry.load(kind, name)
+        given = registry.given_by_the_run(kind, name)
         own = inspect.signature(cls.__init__).parameters if "__init__" in cls.__dict__ else {}
         for parameter, field in registry.parameters_model(cls, kind).model_fields.items():
-            if parameter in common and parameter not in own:
+            if parameter in given or _is_function(field) or (parameter in common and parameter not in own):
                 continue
             default = None if field.is_required() else field.default
             if default is None:
                 default = getattr(cls, registry.DEFAULTS, {}).get(parameter)
+            if isinstance(default, tuple):  # a list is one string with commas
+                default = ",".join(map(str, default))
             found.append(
                 {
                     "key": f"{name}.{kebab(parameter)}",
-                    "type": "required" if field.is_required() else type(default).__name__,
+                    "type": "required" if field.is_required() else _type_of(field, default),
                     "choices": list(choices_of(field)),
                     "default": default,
                     "description": _described(cls, parameter),
                 }
             )
     return found
+
+
+def _type_of(field: FieldInfo, default: Any) -> str:
+    """The type of the default, or all that a key takes, as in ``float | str``."""
+    scalars = [kind.__name__ for kind in get_args(field.annotation) if kind in (str, int, float)]
+    union = get_origin(field.annotation) in (Union, UnionType)
+    return " | ".join(scalars) if union and len(scalars) > 1 else type(default).__name__
+
+
+def _is_function(field: FieldInfo) -> bool:
+    """Whether a keyword takes a function, or one or None."""
+    annotation: Any = field.annotation
+    return any(get_origin(part) is Callable for part in (annotation, *get_args(annotation)))
 
 
 def _described(cls: type[Any], parameter: str) -> str:

@@ -28,6 +28,12 @@ DEFAULTS = "key_defaults"
 
 KINDS = ("strategies", "clients", "defences", "attacks", "sinks")
 
+GIVEN: Mapping[str, Mapping[str, str]] = {
+    "defences": {"seed": "seed", "spool_bytes": "server.spool-megabytes"},
+    "attacks": {"fraction": "attack-fraction", "from_round": "attack-from-round", "seed": "seed"},
+}
+"""Keywords of what is put around a strategy that follow keys of the run, by kind; they are no keys of their own."""
+
 
 @cache
 def _entry_points(kind: str) -> tuple[EntryPoint, ...]:
@@ -134,17 +140,34 @@ def parameters_model(cls: type[Any], kind: str = "") -> type[BaseModel]:
     return create_model(f"{cls.__name__}Parameters", __config__=config, **fields)
 
 
+def given_by_the_run(kind: str, ref: str) -> Mapping[str, str]:
+    """Keywords of a plug-in that keys of the run set, with those keys; see :data:`GIVEN`.
+
+    An attack that a client runs alone gets none of them: a keyword of such a name is a key of its own there.
+    """
+    cls = load(kind, ref)
+    own = () if INNER in inspect.signature(cls).parameters else parameters_model(cls, kind).model_fields
+    return {name: key for name, key in GIVEN.get(kind, {}).items() if name not in own}
+
+
 def check_parameters(kind: str, ref: str, parameters: Mapping[str, Scalar]) -> dict[str, Any]:
     """Validated constructor keywords of a plug-in.
 
     Raises:
-        ConfigError: an unknown parameter (the nearest known one is named) or a bad value.
+        ConfigError: an unknown parameter (the nearest known one is named), one that a key of the run sets, or a bad
+            value.
         RegistryError: the plug-in cannot be loaded.
     """
     model = parameters_model(load(kind, ref), kind)
     table = parameter_table(ref)
-    known = {kebab(name): name for name in model.model_fields}
+    given = given_by_the_run(kind, ref)
+    known = {kebab(name): name for name in model.model_fields if name not in given}
     for key in parameters:
+        if (run_key := given.get(key.replace("-", "_"))) is not None:
+            raise ConfigError(
+                f"unknown configuration key {table}.{key} (found {parameters[key]!r}); set {run_key} instead, which it "
+                "follows"
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {table}.{near[0]}?" if near else f"known: {', '.join(known) or 'none'}"

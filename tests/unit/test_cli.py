@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import pytest
 
-from fedllm import cli, doctor, simulate
+from fedllm import cli, doctor, registry, simulate
 from fedllm.config import RunConfig
 from fedllm.doctor import Check
 from fedllm.errors import RoundError
@@ -160,6 +160,26 @@ def test_list_keys_tells_what_is_used_and_what_is_inherited(run):
     }
     assert keys["fagh-opt.rho"] == keys["fagh.rho"] | {"key": "fagh-opt.rho"}
     assert keys["backprop-and-hessian-row.optimizer"]["choices"] == ["adamw", "sgd"]
+
+
+def test_list_keys_has_those_of_defences_and_attacks(run):
+    keys = {entry["key"]: entry for entry in json.loads(run("list", "--keys", "--json")[1])}
+    defaults = {
+        "vert.keep": "auto", "vert.root-examples": 0, "vert-paper.keep": 1, "krum.attackers": 0.2,
+        "fltrust.root-examples": 100, "nnm.rule": "trimmed-mean", "ipm.scale": 0.5, "scaling.factor": 10.0,
+        "backdoor.target": 0, "min-max.direction": "unit",
+    }  # fmt: skip
+    assert {key: keys[key]["default"] for key in defaults} == defaults
+    assert keys["vert.keep"]["type"] == "str | int | float"
+    assert "mixed-geometric-median" in keys["vert.rule"]["choices"]
+    for kind in ("defences", "attacks"):
+        for name in registry.available(kind):
+            own = {key.partition(".")[2]: entry for key, entry in keys.items() if key.startswith(f"{name}.")}
+            assert not own.keys() & {"inner", "root", "seed", "fraction", "from-round", "spool-bytes"}
+            assert not [e for e in own.values() if "see the documentation of" in e["description"]], name
+            given = {key: entry["default"] for key, entry in own.items()}
+            assert registry.check_parameters(kind, name, given).keys() == {k.replace("-", "_") for k in given}
+    assert "vert-paper.keep = 1" in run("list", "--keys")[1]
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])

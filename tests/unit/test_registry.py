@@ -84,6 +84,47 @@ def test_bad_parameters(flat, message):
         registry.check(registry.config_from_flat(flat))
 
 
+class Lone:
+    """An attack that a client runs alone, with a keyword that only looks like one of the run's."""
+
+    def __init__(self, *, seed: int = 0):
+        self.seed = seed
+
+    def run(self, update, job):
+        return update.run(job)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "key", "instead"),
+    [
+        ("attack", "alie.fraction", "attack-fraction"),
+        ("attack", "alie.from-round", "attack-from-round"),
+        ("attack", "alie.from_round", "attack-from-round"),
+        ("attack", "mimic.seed", "seed"),
+        ("attack", "sign-flip.fraction", "attack-fraction"),
+        ("defence", "vert.seed", "seed"),
+        ("defence", "krum.seed", "seed"),
+        ("defence", "krum.spool-bytes", "server.spool-megabytes"),
+    ],
+)
+def test_a_defence_or_attack_cannot_shadow_a_key_of_the_run(plugin, key, instead):
+    name = key.partition(".")[0]
+    for named in ({plugin: name}, {}):
+        with pytest.raises(ConfigError, match=rf"key {key} \(found 1\); set {instead} instead"):
+            registry.check(registry.config_from_flat({**named, key: 1}))
+
+
+def test_the_run_sets_what_is_no_key_of_a_defence_or_attack():
+    wrapped = registry.build("defences", "vert", {}, BaseStrategy(), seed=7)
+    assert wrapped.sketcher._seed == 7
+    attack = registry.build("attacks", "alie", {"z": 2.0}, wrapped, fraction=0.3, from_round=4, seed=7)
+    assert (attack._fraction, attack._from_round, attack._seed) == (0.3, 4, 7)
+
+
+def test_an_attack_that_runs_alone_may_have_a_seed_of_its_own():
+    assert registry.build("attacks", f"{__name__}:Lone", {"seed": 3}).seed == 3
+
+
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
