@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,13 +13,20 @@ from fedllm.strategies.trusted import RootedFilter, RootUpdate
 from fedllm.strategies.vert.detector import Detector
 from fedllm.strategies.vert.rule import WEIGHTS, weigh_kept
 from flwr.serverapp.strategy import Strategy
-from pydantic import Field
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.events import EventBus
 
+
+def _checked_keep(keep: Any) -> Any:
+    parse_keep(keep)
+    return keep
+
+
+Keep = Annotated[str | int | float, PlainValidator(_checked_keep)]
 Rule = Literal["mean", "geometric-median", "mixed-geometric-median", "median", "trimmed-mean", "nnm"]
 RULES: Mapping[str, type[ReplyFilter]] = {
     "median": Median,
@@ -36,30 +45,32 @@ class VERT(RootedFilter):
 
     Args:
         inner: any Flower strategy.
-        keep: replies to keep: ``auto``, a number (``"4"``), or a share with a dot (``"0.2"``). A number above the
-            replies of a round rejects nobody there, apart from those that do not move; the round is warned of.
+        keep: replies to keep: ``auto``, a number (4), or a share with a dot (0.2; 1.0 is all), quoted or not.
+            A number above the replies of a round, or all, rejects nobody there, apart from those that do not move; of
+            such a number the round is warned.
         warm_up: first rounds, which are trusted.
-        root_examples: so many of the server's test rows are trusted: the server trains on them in every round with the
-            clients' update rule. 0: none. They are evaluated on as well.
+        root_examples: so many of the server's test rows are trusted; 0: none.
+            The server trains on them in every round with the clients' update rule. They are evaluated on as well.
         clip: norms above this multiple of the kept replies' median are scaled down to it.
         window: directions that are remembered of each client.
         max_clients: clients that are remembered.
         sketch_size: numbers that stand for an update.
-        rule: what becomes of the kept replies: their ``mean`` by the inner strategy, or a robust rule among them, which
-            helps where some attackers got through. ``geometric-median``, and ``mixed-geometric-median`` (that of the
-            means of each reply and those nearest to it) weigh the replies; the others need whole updates of one form.
+        rule: of the kept replies: their ``mean`` by the inner strategy, or a robust rule among them.
+            The latter helps where some attackers got through. ``geometric-median``, and ``mixed-geometric-median``
+            (that of the means of each reply and those nearest to it) weigh the replies; the others need whole updates
+            of one form.
         seed: of sketches and predictors.
         root: trusted update as a function instead of ``root_examples``.
 
     Raises:
-        ConfigError: ``keep`` is neither ``auto`` nor a number of at least 1 nor a share between 0 and 1.
+        ConfigError: ``keep`` is neither ``auto`` nor a whole number of at least 1 nor a share above 0 and up to 1.0.
     """
 
     def __init__(
         self,
         inner: Strategy,
         *,
-        keep: str = "auto",
+        keep: Keep = "auto",
         warm_up: Annotated[int, Field(ge=1)] = 2,
         root_examples: Annotated[int, Field(ge=0)] = 0,
         clip: Annotated[float, Field(ge=1)] = 1.5,
@@ -102,7 +113,7 @@ class VERT(RootedFilter):
         Raises:
             ConfigError: ``keep`` is larger.
         """
-        check_keep("vert.keep", parse_keep(str(parameters.get("keep", "auto"))), clients)
+        check_keep("vert.keep", parse_keep(parameters.get("keep", "auto")), clients)
 
     def judge(self, server_round: int, cohort: Cohort) -> Verdict:
         """See :class:`fedllm.strategies.vert.detector.Detector`."""
@@ -130,21 +141,30 @@ class VERT(RootedFilter):
         self.detector.load_state_dict(state)
 
 
-def parse_keep(keep: str) -> float:
-    """``auto`` → 0, a share → itself, a number → itself.
+def parse_keep(keep: str | int | float) -> float:
+    """``auto`` → 0, a number → itself, a share → itself, but that of all → the largest number below 1.
 
     Raises:
         ConfigError: anything else.
     """
     if keep == "auto":
         return 0.0
+    number, share = _as(int, keep), _as(float, keep)
+    if number is not None and number >= 1:
+        return float(min(number, sys.maxsize))
+    if number is None and share is not None and 0 < share <= 1:
+        return min(share, math.nextafter(1, 0))  # 1 stands for a single reply
+    raise ConfigError(
+        "vert.keep: expected auto, a whole number of at least 1, or a share with a dot above 0 and up to 1.0, "
+        f"found {keep!r}"
+    )
+
+
+def _as(kind: type[int] | type[float], keep: str | int | float) -> float | None:
+    """A value that is written as a number of a kind, else None."""
+    if not isinstance(keep, str):
+        return keep if isinstance(keep, kind) and not isinstance(keep, bool) else None
     try:
-        value = float(keep)
+        return kind(keep)
     except ValueError:
-        value = -1.0
-    is_share = 0 < value < 1
-    if not is_share and not (value >= 1 and value == int(value)):
-        raise ConfigError(
-            f"vert.keep: expected auto, a whole number of at least 1, or a share between 0 and 1, found {keep!r}"
-        )
-    return value
+        return None

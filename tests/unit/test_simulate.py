@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedllm import flower, registry, simulate, watch
+from fedllm.app_config import read_app, stage
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, RegistryError
 from fedllm.events import EventBus, JsonlSink
@@ -79,9 +80,12 @@ def test_bad_configuration_is_rejected_before_work_starts(folder, tmp_path, over
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("keep", ["auto", "4", "0.9"])
-def test_a_defence_may_keep_as_many_as_a_round_has(folder, keep):
-    assert prepare(folder, [f'defence="vert" vert.keep="{keep}"']).config.defence == "vert"
+@pytest.mark.parametrize("keep", ['"auto"', '"4"', '"0.9"', "4", "0.9", "1.0"])
+def test_a_defence_may_keep_as_many_as_a_round_has(folder, keep, tmp_path):
+    job = prepare(folder, [f'defence="vert" vert.keep={keep}'])
+    assert job.config.plugins["vert"] == {"keep": json.loads(keep)}
+    staged = read_app(stage(read_app(folder), job.config, tmp_path / "staged"))
+    assert repr(staged.config["vert.keep"]) == repr(json.loads(keep))
 
 
 def test_a_round_has_as_many_clients_as_the_strategy_asks_at_least(folder):

@@ -393,10 +393,27 @@ def test_without_trusted_data_the_run_says_what_it_relies_on():
     assert "updates alone cannot tell who is right" in told.of("warning")[0]["message"]
 
 
-@pytest.mark.parametrize("keep", ["0", "-1", "1.5", "many", "nan"])
+@pytest.mark.parametrize(
+    "keep", ["0", "-1", "1.5", "many", "nan", "inf", "1e400", "0.0", 0, -1, 1.5, -0.2, float("inf"), True]
+)
 def test_bad_keep_is_refused(keep):
     with pytest.raises(ConfigError, match=r"vert\.keep: expected auto"):
         VERT(FedAvg(), keep=keep)
+    with pytest.raises(ConfigError, match=r"vert\.keep: expected auto"):
+        registry.check_parameters("defences", "vert", {"keep": keep})
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [("1", 1), (1, 1), ("4", 4), (4, 4), (0.5, 4), ("0.5", 4), (0.01, 1), ("1.0", 8), (1.0, 8)],
+)
+def test_a_number_of_replies_or_a_share_quoted_or_not(keep, kept):
+    """Eight clients, all of them honest; a dot makes a share of it."""
+    assert registry.check_parameters("defences", "vert", {"keep": keep}) == {"keep": keep}
+    VERT.check_cohort({"keep": keep}, 8)
+    _, told = loop(VERT(FedAvg(fraction_evaluate=0), keep=keep), hostile=set(), rounds=5)
+    assert [sum(event["kept"].values()) for event in told.of("verdict")][2:] == [kept] * 3
+    assert not [event for event in told.of("warning") if "vert.keep" in event["message"]]
 
 
 @pytest.mark.parametrize(("keep", "warned"), [("50", [1, 2, 3]), ("9", [1, 2, 3]), ("8", []), ("0.9", [])])
