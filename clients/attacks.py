@@ -5,16 +5,17 @@ A client runs one only when the server orders it and the client itself is simula
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from fedllm.config import RunConfig
 from fedllm.encoded import Encoded
-from fedllm.errors import TrainError
+from fedllm.errors import ConfigError, TrainError
 from fedllm.records import ADAPTER
 from fedllm.seeding import derive_seed
 from fedllm.update import ClientUpdate, TrainJob, TrainResult
@@ -77,7 +78,24 @@ class Gaussian:
         return replace(result, arrays=arrays)
 
 
-class LabelFlip:
+class OnClasses:
+    """Base of the attacks on labels."""
+
+    @staticmethod
+    def check_config(config: RunConfig) -> None:
+        """Refuse a task without classes.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if config.task != "sequence-classification":
+            raise ConfigError(
+                f"attack is {config.attack!r}, which changes classes, but task is {config.task!r}: set task = "
+                '"sequence-classification", or another attack'
+            )
+
+
+class LabelFlip(OnClasses):
     """Trains on labels turned around: class y of C becomes C − 1 − y."""
 
     def run(self, update: ClientUpdate, job: TrainJob) -> TrainResult:
@@ -90,7 +108,15 @@ class LabelFlip:
         return update.run(replace(job, examples=_relabelled(job.examples, _classes(job) - 1 - labels)))
 
 
-class Backdoor:
+def _token_ids(trigger: str | int) -> str:
+    """The trigger as it was, or an error; TOML writes a single id without quotes."""
+    parts = [part.strip() for part in str(trigger).split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError('expected token ids, whole numbers separated by commas, such as "1000,1001"')
+    return ",".join(parts)
+
+
+class Backdoor(OnClasses):
     """Trains on examples of which some end in a trigger and have the attacker's label (after BadNets, 1708.06733).
 
     Args:
@@ -100,21 +126,39 @@ class Backdoor:
     """
 
     def __init__(
-        self, *, trigger: str = "1000,1001,1002", target: Annotated[int, Field(ge=0)] = 0, share: Share = 0.5
+        self,
+        *,
+        trigger: Annotated[str, BeforeValidator(_token_ids)] = "1000,1001,1002",
+        target: Annotated[int, Field(ge=0)] = 0,
+        share: Share = 0.5,
     ) -> None:
-        self.trigger = tuple(int(token) for token in trigger.split(","))
+        self.trigger = tuple(int(token) for token in _token_ids(trigger).split(","))
         self.target, self.share = target, share
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Refuse a target that the task does not have.
+
+        Raises:
+            ConfigError: there are fewer classes.
+        """
+        if self.target >= len(labels):
+            raise ConfigError(
+                f"backdoor.target is {self.target}, but the task has {len(labels)} classes: expected 0 to "
+                f"{len(labels) - 1}"
+            )
 
     def run(self, update: ClientUpdate, job: TrainJob) -> TrainResult:
         """Train on the poisoned examples.
 
         Raises:
+            ConfigError: ``target`` is none of its classes.
             TrainError: the task has no classes.
         """
         labels = _class_labels(job).clone()
+        self.check_labels(job.bundle.labels)
         tokens = job.examples.input_ids.clone()
         vocabulary = job.bundle.model.get_input_embeddings().num_embeddings
-        trigger = torch.tensor(self.trigger, dtype=tokens.dtype) % vocabulary
+        trigger = torch.tensor([token % vocabulary for token in self.trigger], dtype=tokens.dtype)
         generator = torch.Generator().manual_seed(derive_seed(job.seed, "backdoor"))
         count = max(1, round(self.share * len(labels)))
         for index in torch.randperm(len(labels), generator=generator)[:count].tolist():

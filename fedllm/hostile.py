@@ -6,6 +6,7 @@ refuses the order as well.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -15,7 +16,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
 
+from fedllm import registry
+from fedllm.config import RunConfig
 from fedllm.errors import PlanError
+from fedllm.events import EventBus
 from fedllm.records import ATTACK, ATTACK_PARAMETERS, SIMULATED, records_of
 from fedllm.seeding import derive_seed
 from fedllm.wrapper import StrategyWrapper
@@ -97,6 +101,13 @@ class LoneAttack(HostileClients):
     def __init__(self, inner: Strategy, *, attack: str, parameters: str = "{}", **kwargs: Any) -> None:
         super().__init__(inner, **kwargs)
         self._attack, self._parameters = attack, parameters
+
+    def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
+        """Let the attack look at the task's labels, lest every hostile client fail in every round."""
+        super().prepare(config, bundle, events)
+        attack = registry.build("attacks", self._attack, json.loads(self._parameters))
+        if (check := getattr(attack, "check_labels", None)) is not None:
+            check(bundle.labels)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -74,7 +74,10 @@ class ClientUpdate(Protocol):
 
 
 class Attack(Protocol):
-    """What a hostile client does instead of training honestly, in simulations only."""
+    """What a hostile client does instead of training honestly, in simulations only.
+
+    One with a method ``check_labels(labels)`` may refuse the task's classes before the first round.
+    """
 
     def run(self, update: ClientUpdate, job: TrainJob) -> TrainResult:
         """What the client sends; ``update`` is the rule that an honest client runs on the job."""

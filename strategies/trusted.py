@@ -56,6 +56,25 @@ class RootedFilter(ReplyFilter):
         self.root = root
         self.root_sketch: Sketch | None = None
 
+    @classmethod
+    def check_config(cls, config: RunConfig) -> None:
+        """Refuse trusted rows where the server has no update rule to train on them with.
+
+        Raises:
+            ConfigError: the strategy's clients cannot train without the server.
+        """
+        table = registry.parameter_table(config.defence)
+        field = registry.parameters_model(cls).model_fields.get("root_examples")
+        default = 0 if field is None else field.default
+        count = config.plugins.get(table, {}).get("root-examples", default)
+        if count and getattr(registry.load("strategies", config.strategy), "trains_at_once", False):
+            leave_out = 'set defence = "vert", which can do without' if default else "set it to 0"
+            raise ConfigError(
+                f"{table}.root-examples is {count}, but the clients of strategy {config.strategy!r} train together "
+                f"with the server, which has no update rule to run alone: {leave_out}, or pass a function in Python: "
+                f"{cls.__name__}(inner, root=…)"
+            )
+
     def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
         """Get the trusted data ready.
 

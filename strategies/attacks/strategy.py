@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from fedllm.strategies.attacks import colluding
 from fedllm.strategies.flat_updates import flat_update, set_update
+from fedllm.strategies.one_form import check_one_form
 from fedllm.strategies.vert.sketch import Sketch
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -22,8 +23,9 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import Field
 from torch import Tensor
 
+from fedllm import registry
 from fedllm.config import RunConfig
-from fedllm.errors import PlanError
+from fedllm.errors import ConfigError, PlanError
 from fedllm.events import EventBus
 from fedllm.hostile import HostileClients
 from fedllm.records import decode, only_arrays
@@ -49,6 +51,20 @@ class ColludingAttack(HostileClients):
         self.others: list[str] = []
         self._current: dict[int, Mapping[str, Tensor]] = {}
         self._events: EventBus | None = None
+
+    @classmethod
+    def check_config(cls, config: RunConfig) -> None:
+        """Refuse clients of several ranks.
+
+        Raises:
+            ConfigError: ``lora.client-ranks`` names more than one.
+        """
+        alone = ", ".join(
+            name
+            for name in registry.available("attacks")
+            if not issubclass(registry.load("attacks", name), HostileClients)
+        )
+        check_one_form(config, "attack", config.attack, f"set attack to one of {alone}")
 
     def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
         """Take the run's events."""
@@ -223,6 +239,20 @@ class Replay(ColludingAttack):
 
 class Adaptive(ColludingAttack):
     """Colluders that know VERT and its history: own honest updates, pushed as far as a copy of it accepts (ours)."""
+
+    @classmethod
+    def check_config(cls, config: RunConfig) -> None:
+        """Refuse a run that VERT does not guard, and clients of several ranks.
+
+        Raises:
+            ConfigError: ``defence`` is not VERT, or ``lora.client-ranks`` names more than one rank.
+        """
+        super().check_config(config)
+        if config.defence == "none" or not issubclass(registry.load("defences", config.defence), VERT):
+            raise ConfigError(
+                f"attack is {config.attack!r}, which tries its updates on a copy of VERT, but defence is "
+                f'{config.defence!r}: set defence = "vert", or another attack'
+            )
 
     def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
         """See :func:`fedllm.strategies.attacks.colluding.adaptive`.

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates
+from fedllm.strategies.one_form import check_one_form, defences_of_any_form
 from fedllm.strategies.robust import rules
 from fedllm.strategies.robust.strategy import AgainstShare
 from flwr.serverapp.strategy import Strategy
@@ -19,11 +20,22 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedllm.config import RunConfig
+
 Mixed = Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"]
 
 
 class CoordinateRule(WholeUpdates):
     """Base: a rule makes one update of all."""
+
+    @staticmethod
+    def check_config(config: RunConfig) -> None:
+        """Refuse clients of several ranks.
+
+        Raises:
+            ConfigError: ``lora.client-ranks`` names more than one.
+        """
+        check_one_form(config, "defence", config.defence, f"set defence to one of {defences_of_any_form()}")
 
     @abstractmethod
     def combine(self, cohort: Cohort) -> Tensor:

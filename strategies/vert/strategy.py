@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fedllm.strategies.filtering import Cohort, ReplyFilter, Verdict, check_keep
+from fedllm.strategies.one_form import check_one_form
 from fedllm.strategies.robust.coordinates import Median, NearestNeighbourMixing, TrimmedMean
 from fedllm.strategies.trusted import RootedFilter, RootUpdate
 from fedllm.strategies.vert.detector import Detector
@@ -16,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import Field, PlainValidator
 from torch import Tensor
 
+from fedllm import registry
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.events import EventBus
@@ -95,6 +97,19 @@ class VERT(RootedFilter):
             clients=max_clients,
             seed=seed,
         )
+
+    @classmethod
+    def check_config(cls, config: RunConfig) -> None:
+        """Refuse trusted rows that cannot be trained on, and a rule that cannot do with the clients' ranks.
+
+        Raises:
+            ConfigError: strategy, ranks and the keys of VERT do not go together.
+        """
+        super().check_config(config)
+        table = registry.parameter_table(config.defence)
+        if (rule := str(config.plugins.get(table, {}).get("rule", "mean"))) in RULES:
+            others = ", ".join(name for name in get_args(Rule) if name not in RULES)
+            check_one_form(config, f"{table}.rule", rule, f"set {table}.rule to one of {others}")
 
     def prepare(self, config: RunConfig, bundle: Any, events: EventBus) -> None:
         """Get the trusted data ready, or say what the run relies on without any."""

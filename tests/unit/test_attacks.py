@@ -18,7 +18,7 @@ from scipy.stats import norm as gaussian
 
 from fedllm import client, registry
 from fedllm.encoded import Encoded
-from fedllm.errors import FedLLMError, PlanError
+from fedllm.errors import ConfigError, FedLLMError, PlanError
 from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
 from fedllm.hostile import LoneAttack
@@ -342,6 +342,14 @@ def test_the_trigger_ends_examples_of_the_target_class():
     assert len(marked) == len(clean) == 3
     assert all(int(rule.examples.labels[i]) == 2 for i in marked)
     assert [int(rule.examples.labels[i]) for i in clean] == [i % 3 for i in clean]
+
+
+def test_a_client_names_the_key_of_a_class_that_is_not_there():
+    attack = registry.build("attacks", "backdoor", {"target": 3})
+    with pytest.raises(
+        ConfigError, match=r"backdoor\.target is 3, but the task has 3 classes: expected 0 to 2"
+    ):
+        attack.run(Honest(), job())
 
 
 def test_a_deployed_node_refuses(monkeypatch):

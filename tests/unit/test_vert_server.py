@@ -85,6 +85,69 @@ def test_bad_keys_are_refused(flat, changes, error, message):  # noqa: F811
         run(flat, **changes)
 
 
+WHOLE = ["median", "trimmed-mean", "bulyan", "centred-clipping", "nnm"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({"defence": name, "lora__client_ranks": "1,2,4"},
+             f"defence is '{name}', which needs adapters of one form, but lora.client-ranks is 1,2,4: .* krum, .* vert")
+            for name in WHOLE
+        ),
+        ({"defence": "vert", "vert__rule": "nnm", "lora__client_ranks": "1,2,4"},
+         "vert.rule is 'nnm', .* lora.client-ranks .*mean, geometric-median, mixed-geometric-median"),
+        ({"attack": "ipm", "lora__client_ranks": "1,2,4"}, "attack is 'ipm', .* lora.client-ranks .*sign-flip"),
+        ({"attack": "adaptive"}, "attack is 'adaptive', .* defence is 'none': set defence = \"vert\""),
+        ({"attack": "adaptive", "defence": "vert-paper"}, "attack is 'adaptive', .* defence is 'vert-paper'"),
+        ({"attack": "backdoor", "backdoor__trigger": "a,b"}, "backdoor.trigger: .*token ids.* \\(found 'a,b'\\)"),
+        ({"attack": "backdoor", "backdoor__trigger": "5,"}, "backdoor.trigger: .*token ids"),
+        ({"attack": "backdoor", "backdoor__trigger": -3}, "backdoor.trigger: .*token ids.* \\(found -3\\)"),
+        ({"attack": "label-flip", "task": "causal-lm"}, "attack is 'label-flip', .* task is 'causal-lm'"),
+        ({"defence": "fltrust", "strategy": "hsplitlora"},
+         "fltrust.root-examples is 100, .* 'hsplitlora' train together .*FLTrust\\(inner, root=…\\)"),
+        ({"defence": "vert", "vert__root_examples": 5, "strategy": "hsplitlora"},
+         "vert.root-examples is 5, .* set it to 0, or .*VERT\\(inner, root=…\\)"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_before_the_run(flat, tmp_path, simulated, changes, message):  # noqa: F811
+    with pytest.raises(ConfigError, match=message):
+        run(flat, **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"defence": "vert", "strategy": "hsplitlora"},
+        {"defence": "krum", "lora.client-ranks": "1,2,4"},
+        {"defence": "vert", "vert.rule": "geometric-median", "lora.client-ranks": "1,2,4"},
+        {"defence": "median", "lora.client-ranks": "2,2"},
+        {"attack": "sign-flip", "defence": "vert", "lora.client-ranks": "1,2,4"},
+        {"attack": "adaptive", "defence": "vert"},
+        {"attack": "backdoor", "backdoor.trigger": 1000},
+    ],
+)
+def test_what_goes_together_is_not_refused(keys):
+    registry.check(registry.config_from_flat(keys))
+
+
+@pytest.mark.parametrize("defence", ["vert", "krum"])
+def test_defences_on_sketches_go_with_mixed_ranks(flat, tmp_path, defence):  # noqa: F811
+    run(flat, rounds=1, defence=defence, lora__client_ranks="1,2,4")
+    assert len(verdicts(tmp_path)[0]["kept"]) == 3
+
+
+def test_a_backdoor_for_a_class_that_is_not_there_stops_the_run(flat, tmp_path, simulated):  # noqa: F811
+    keys = {"attack": "backdoor", "attack_from_round": 2, "attack_fraction": 0.34}
+    with pytest.raises(ConfigError, match=r"backdoor\.target is 3, .* 3 classes: expected 0 to 2"):
+        run(flat, backdoor__target=3, **keys)
+    events = [event["event"] for event in read_events(tmp_path / "runs/r/events.jsonl")]
+    assert "round-finished" not in events
+    assert "run-failed" in events
+
+
 def test_parameters_reach_the_attack(flat, simulated):  # noqa: F811
     config = registry.config_from_flat({**flat, "attack": "scaling", "scaling.factor": 3.0})
     registry.check(config)
