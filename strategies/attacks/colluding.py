@@ -29,7 +29,7 @@ def little_is_enough(honest: Tensor, z: float = 1.5) -> Tensor:
 
     Args:
         honest: ``[m, d]``; with a single row the deviation is 0.
-        z: strength; :func:`little_is_enough_z` gives the paper's.
+        z: strength; :func:`little_is_enough_z` gives the paper's, :func:`tuned_little_is_enough` the strongest.
     """
     return honest.mean(0) - z * _deviation(honest)
 

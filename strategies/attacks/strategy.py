@@ -7,6 +7,7 @@ memory. What an attacker does alone runs on the client (:mod:`fedllm.clients.att
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
@@ -15,12 +16,13 @@ import torch
 from fedllm.strategies.attacks import colluding
 from fedllm.strategies.flat_updates import flat_update, set_update
 from fedllm.strategies.one_form import check_one_form
+from fedllm.strategies.robust import rules
 from fedllm.strategies.vert.sketch import Sketch
 from fedllm.strategies.vert.strategy import VERT
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from pydantic import Field
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from fedllm import registry
@@ -29,7 +31,10 @@ from fedllm.errors import ConfigError, PlanError
 from fedllm.events import EventBus
 from fedllm.hostile import HostileClients
 from fedllm.records import decode, only_arrays
-from fedllm.wrapper import layers_of
+from fedllm.wrapper import StrategyWrapper, layers_of
+
+TUNED, PAPER = "tuned", "paper"
+"""Strengths of ALIE that are found in every round."""
 
 
 class ColludingAttack(HostileClients):
@@ -156,22 +161,74 @@ class InnerProductManipulation(ColludingAttack):
         return colluding.inner_product_manipulation(honest, self._scale).expand_as(own)
 
 
+def _strength(z: Any) -> float | str:
+    if z in (TUNED, PAPER):
+        return str(z)
+    try:
+        number = math.nan if isinstance(z, bool) else float(z)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"alie.z: expected a number, {TUNED} or {PAPER}, found {z!r}")
+    return number
+
+
 class LittleIsEnough(ColludingAttack):
     """ALIE: honest mean − z · deviation (arXiv 1902.06156).
 
+    ``tuned`` takes, in every round, the z of a grid that moves the aggregate furthest (Shejwalkar and Houmansadr, NDSS
+    2021). Whatever the defence is, the aggregate that is tried is that of Multi-Krum, told that almost half of the
+    replies are hostile; without a defence it is the mean. ``paper`` takes the publication's quantile, from how many
+    clients and colluders replied; where the colluders are a round's majority it has no answer, and z is 0.
+
     Args:
         inner: the strategy that is attacked.
-        z: strength; may be negative.
+        z: strength, a number, may be negative; or ``tuned`` against the defence, or ``paper`` for the publication's.
         kwargs: keywords of :class:`HostileClients`.
+
+    Raises:
+        ConfigError: ``z`` is none of these.
     """
 
-    def __init__(self, inner: Strategy, *, z: float = 1.5, **kwargs: Any) -> None:
+    def __init__(
+        self, inner: Strategy, *, z: Annotated[float | str, PlainValidator(_strength)] = 1.5, **kwargs: Any
+    ) -> None:
         super().__init__(inner, **kwargs)
-        self._z = z
+        self._z = _strength(z)
+
+    @classmethod
+    def check_config(cls, config: RunConfig) -> None:
+        """Refuse the publication's strength for a majority, and clients of several ranks.
+
+        Raises:
+            ConfigError: there is no such strength, or ``lora.client-ranks`` names more than one rank.
+        """
+        super().check_config(config)
+        table = registry.parameter_table(config.attack)
+        if config.plugins.get(table, {}).get("z") == PAPER and config.attack_fraction > 0.5:
+            raise ConfigError(
+                f"{table}.z is {PAPER!r}, which has an answer for at most half of the clients, but attack-fraction is "
+                f"{config.attack_fraction:g}: set {table}.z to a number or to {TUNED!r}, or lower attack-fraction"
+            )
 
     def craft(self, server_round: int, honest: Tensor, own: Tensor, names: list[str]) -> Tensor:
-        """See :func:`fedllm.strategies.attacks.colluding.little_is_enough`."""
-        return colluding.little_is_enough(honest, self._z).expand_as(own)
+        """See :func:`fedllm.strategies.attacks.colluding.little_is_enough`, and ``tuned_little_is_enough`` there."""
+        if self._z == TUNED:
+            guarded = isinstance(self.inner, StrategyWrapper)
+            rule = _almost_half_krum if guarded else _mean
+            return colluding.tuned_little_is_enough(honest, len(own), rule).expand_as(own)
+        paper = self._z == PAPER
+        z = colluding.little_is_enough_z(len(honest) + len(own), len(own)) if paper else float(self._z)
+        return colluding.little_is_enough(honest, z).expand_as(own)
+
+
+def _mean(updates: Tensor) -> Tensor:
+    return updates.mean(0)
+
+
+def _almost_half_krum(updates: Tensor) -> Tensor:
+    """Multi-Krum of ``[n, d]`` that allows for almost half of them to be hostile; what ALIE is tuned against."""
+    return rules.multi_krum_weights(updates, max(0, len(updates) // 2 - 1)) @ updates
 
 
 class MinMax(ColludingAttack):

@@ -213,6 +213,80 @@ def test_a_guarded_run_keeps_to_the_honest(name):
         assert kept[server_round]
 
 
+def unit(*shape, of):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(of))
+
+
+def crafted(z, inner, honest, hostile):
+    attack = registry.build("attacks", "alie", {"z": z}, inner, fraction=0.5)
+    return attack.craft(1, honest, torch.zeros(hostile, honest.shape[1]), [])
+
+
+def strengths(update, honest):
+    """By how many deviations an update lies below the mean, coordinate by coordinate."""
+    return (honest.mean(0) - update) / honest.std(0)
+
+
+def test_the_published_strength_of_alie_in_a_run():
+    """20 clients, 8 of them hostile: 3 of the 12 honest must be won over, so z is the quantile of 9/12."""
+    honest = unit(12, 30, of=1) + 1
+    found = crafted("paper", FedAvg(), honest, 8)
+    assert torch.allclose(strengths(found[0], honest), torch.tensor(float(gaussian.ppf(9 / 12))), atol=1e-4)
+    assert len(found) == 8
+
+
+def test_alie_is_tuned_to_the_mean_without_a_defence_and_to_multi_krum_with_one():
+    honest = unit(12, 30, of=2) + 1
+    undefended = crafted("tuned", FedAvg(), honest, 8)
+    assert torch.allclose(strengths(undefended[0], honest).abs(), torch.tensor(5.0), atol=1e-3)
+
+    def harm(update):
+        """Of copies of an update, under Multi-Krum by its definition: n − f rows nearest to their n − f − 2."""
+        rows = torch.cat([honest, update.expand(8, -1)])
+        near = ((rows[:, None] - rows[None]) ** 2).sum(2).sort(1).values[:, 1 : len(rows) - 9 - 2 + 1].sum(1)
+        return float((rows[near.sort().indices[: len(rows) - 9]].mean(0) - honest.mean(0)).norm())
+
+    guarded = crafted("tuned", VERT(FedAvg()), honest, 8)
+    assert harm(guarded[0]) > 2 * harm(undefended[0])
+    assert harm(guarded[0]) >= max(harm(colluding.little_is_enough(honest, z)) for z in (-1.5, 0.5, 1.5, 3.0))
+
+
+@pytest.mark.parametrize("z", ["tuned", "paper"])
+@pytest.mark.parametrize(("honest", "hostile"), [(1, 1), (1, 5), (2, 1)])
+def test_alie_finds_a_strength_for_a_few(z, honest, hostile):
+    for inner in (FedAvg(), VERT(FedAvg())):
+        assert crafted(z, inner, unit(honest, 30, of=3), hostile).isfinite().all()
+
+
+@pytest.mark.parametrize("z", ["tuned", "paper"])
+def test_alie_with_a_strength_of_its_own_in_a_run(z):
+    strategy = guarded("alie", z=z)
+    strategy._fraction = 0.4
+    _, kept = run(strategy)
+    hostile = {name for name, hostile in strategy.own_state()["hostile"].items() if hostile}
+    assert len(hostile) == 4
+    assert not kept[5] & hostile
+
+
+@pytest.mark.parametrize("z", ["-0.5", -0.5, 2, "tuned", "paper"])
+def test_strengths_of_alie(z):
+    registry.check(registry.config_from_flat({"attack": "alie", "alie.z": z}))
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"alie.z": "hard"}, r"alie\.z: expected a number, tuned or paper, found 'hard'"),
+        ({"alie.z": "inf"}, r"alie\.z: expected a number"),
+        ({"alie.z": True}, r"alie\.z: expected a number"),
+        ({"alie.z": "paper", "attack-fraction": 0.8}, r"alie\.z is 'paper', .* attack-fraction is 0\.8"),
+    ],
+)
+def test_bad_strengths_of_alie(flat, message):
+    with pytest.raises(ConfigError, match=message):
+        registry.check(registry.config_from_flat({"attack": "alie", **flat}))
+
+
 def test_the_adaptive_attacker_gets_a_fraction_of_what_is_to_be_had():
     """He knows VERT's whole state and every honest update; without a defence a turned sign does most harm."""
     honest, _ = run(VERT(FedAvg(fraction_evaluate=0)))
