@@ -2,7 +2,8 @@
 
 Replies wait on disk (:mod:`fedllm.spool`) while a sketch of each stays in memory. When the last one has come the filter
 judges, and the inner strategy gets a stream of those that were kept, scaled down where the filter says so. A round
-whose exchange fails for want of a quorum is not judged and not learned from.
+whose exchange fails for want of a quorum is not judged and not learned from. A reply that a filter cannot judge, such as
+one whose norm no float32 can hold, is dropped before it is seen by any.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,13 +23,17 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedllm.config import RunConfig
-from fedllm.errors import ConfigError, PlanError
+from fedllm.errors import ConfigError, PlanError, ReplyError
 from fedllm.events import EventBus
 from fedllm.records import decode, only_arrays
 from fedllm.spool import ReplySpool
 from fedllm.wrapper import StrategyWrapper
 
 logger = logging.getLogger(__name__)
+
+LARGEST_NORM = 1e15
+"""Of an update that is judged: sums of the squares of a hundred million such norms are within float32. Training never
+comes near; an update beyond makes distances infinite and cosines NaN, those of the others, too."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,11 @@ class ReplyFilter(StrategyWrapper):
         """Judge the replies, then let the inner strategy fold those that are kept; nothing if none is."""
         self.skip_reason = ""
         with ReplySpool(self._spool_bytes) as spool:
-            cohort = self._gather(replies, spool)
+            cohort = self._gather(server_round, replies, spool)
             if not cohort.clients:
+                self.skip_reason = "no reply was left to judge; the model stays as it was"
                 return self.inner.aggregate_train(server_round, iter(()))
-            verdict = self.judge(server_round, cohort)
+            verdict = self._sound(server_round, cohort, self.judge(server_round, cohort))
             if self.tells:
                 self._tell(server_round, cohort, verdict)
             if not bool((verdict.factors != 0).any()):
@@ -132,27 +138,75 @@ class ReplyFilter(StrategyWrapper):
                 return None, None
             return self.inner.aggregate_train(server_round, self._kept(spool, verdict))
 
-    def _gather(self, replies: Iterable[Message], spool: ReplySpool) -> Cohort:
+    def _gather(self, server_round: int, replies: Iterable[Message], spool: ReplySpool) -> Cohort:
         clients, sketches, norms = list[str](), list[Tensor](), list[float]()
         for message in replies:
             if message.has_error():
                 continue
-            sketch = self.represent(*self._tensors(message))
+            name = self.node_name(message.metadata.src_node_id)
+            try:
+                sketch = self._represented(message)
+            except ReplyError as error:
+                self._drop(server_round, name, str(error))
+                continue
             self._check_length(sketch, sketches, message)
             spool.put(len(clients), message)
-            clients.append(self.node_name(message.metadata.src_node_id))
+            clients.append(name)
             sketches.append(sketch.vector)
             norms.append(sketch.norm)
         empty = torch.zeros(0, self.sketcher.size)
         return Cohort(clients, torch.stack(sketches) if sketches else empty, torch.tensor(norms))
 
+    def _represented(self, message: Message) -> Sketch:
+        """What is kept of a reply.
+
+        Raises:
+            ReplyError: it cannot be judged.
+        """
+        start, new = self._tensors(message)
+        sketch = self.represent(start, new)
+        if not is_bounded(sketch):
+            raise ReplyError(
+                f"the norm of its update is {sketch.norm:g}, expected at most {LARGEST_NORM:g}: "
+                f"{type(self).__name__} cannot compare it"
+            )
+        return sketch
+
+    def _drop(self, server_round: int, name: str, reason: str) -> None:
+        """Tell of a reply that does not count, as the round's exchange does."""
+        if self._events is None:
+            logger.warning("round %d: the reply of node %s is dropped: %s", server_round, name, reason)
+            return
+        self._events.emit(
+            "node-dropped", round=server_round, phase="train", node=name, kind="invalid", reason=reason
+        )
+
+    def _sound(self, server_round: int, cohort: Cohort, verdict: Verdict) -> Verdict:
+        """The verdict without what is not finite: a NaN that is folded in would be the next global model."""
+        sound = torch.isfinite(verdict.factors)
+        if verdict.replacement is not None and not bool(torch.isfinite(verdict.replacement).all()):
+            sound = torch.zeros_like(sound)
+        if bool(sound.all()):
+            return verdict
+        names = [name for name, is_sound in zip(cohort.clients, sound.tolist(), strict=True) if not is_sound]
+        self._warn(
+            f"round {server_round}: {type(self).__name__} came to no finite number for {len(names)} replies, which "
+            f"are rejected: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}"
+        )
+        return replace(verdict, factors=torch.where(sound, verdict.factors, 0.0))
+
+    def _warn(self, message: str) -> None:
+        if self._events is None:
+            logger.warning("%s", message)
+        else:
+            self._events.emit("warning", message=message)
+
     def tell_of_few(self, server_round: int, cohort: Cohort, key: str, keep: float) -> None:
         """Warn of a round with fewer replies than shall be kept: there the number rejects nobody."""
-        if keep > (count := len(cohort.clients)) and self._events is not None:
-            self._events.emit(
-                "warning",
-                message=f"round {server_round}: {key} is {keep:g}, but only {count} replies came, of which it rejects "
-                f"none; set {key} below the number of clients in a round",
+        if keep > (count := len(cohort.clients)):
+            self._warn(
+                f"round {server_round}: {key} is {keep:g}, but only {count} replies came, of which it rejects "
+                f"none; set {key} below the number of clients in a round"
             )
 
     def represent(self, start: Tensors, new: Tensors) -> Sketch:
@@ -240,6 +294,12 @@ class WholeUpdates(ReplyFilter):
         """The whole update, flat: factors of adapters are plain arrays here."""
         flat = flat_update(start, new)
         return Sketch(flat, float(flat.norm()))
+
+
+def is_bounded(sketch: Sketch) -> bool:
+    """Whether an update can be compared with others: its norm is a number, and not beyond :data:`LARGEST_NORM`."""
+    # NaN fails both comparisons.
+    return sketch.norm <= LARGEST_NORM and float(sketch.vector.double().norm()) <= LARGEST_NORM
 
 
 def check_keep(key: str, keep: float, clients: int) -> None:
