@@ -2,8 +2,8 @@
 
 Replies wait on disk (:mod:`fedllm.spool`) while a sketch of each stays in memory. When the last one has come the filter
 judges, and the inner strategy gets a stream of those that were kept, scaled down where the filter says so. A round
-whose exchange fails for want of a quorum is not judged and not learned from. A reply that a filter cannot judge, such as
-one whose norm no float32 can hold, is dropped before it is seen by any.
+whose exchange fails for want of a quorum is not judged and not learned from. A reply that a filter cannot judge, such
+as one whose norm no float32 can hold, is dropped before it is seen by any.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class ReplyFilter(StrategyWrapper):
             ReplyError: it cannot be judged.
         """
         start, new = self._tensors(message)
+        check_tensors(self.sent_tensors(message.metadata.src_node_id), new)
         sketch = self.represent(start, new)
         if not is_bounded(sketch):
             raise ReplyError(
@@ -294,6 +295,23 @@ class WholeUpdates(ReplyFilter):
         """The whole update, flat: factors of adapters are plain arrays here."""
         flat = flat_update(start, new)
         return Sketch(flat, float(flat.norm()))
+
+
+def check_tensors(sent: Tensors, new: Tensors) -> None:
+    """Check that a reply can be compared with what its client was sent.
+
+    Raises:
+        ReplyError: no tensor, one that was not sent, one of another shape, or of truth values.
+    """
+    if not new:
+        raise ReplyError(f"the reply has no tensors, expected some of the {len(sent)} that were sent")
+    for name, value in new.items():
+        if name not in sent:
+            raise ReplyError(f"{name!r} was not sent, expected some of the {len(sent)} tensors that were")
+        if value.shape != sent[name].shape:
+            raise ReplyError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(sent[name].shape)}")
+        if torch.bool in (value.dtype, sent[name].dtype):
+            raise ReplyError(f"{name!r} is of truth values, expected numbers: they have no difference")
 
 
 def is_bounded(sketch: Sketch) -> bool:

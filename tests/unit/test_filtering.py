@@ -1,12 +1,14 @@
 """What every defence holds against, whatever its rule: replies that cannot be judged, and what replies claim."""
 
 import math
+import re
 
 import pytest
 import torch
 from fedllm.strategies.fedavg import FedAvg
-from fedllm.strategies.filtering import Cohort, ReplyFilter, Verdict
+from fedllm.strategies.filtering import ReplyFilter, Verdict
 from fedllm.strategies.robust.strategy import FLTrust
+from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from fedllm import registry
 from fedllm.events import EventBus
@@ -96,3 +98,77 @@ def test_a_huge_reply_costs_its_sender_its_vote_and_nobody_else(name, scale, rou
         assert (server_round in dropped) == (f"n{LAST}" not in judged[server_round]["kept"])
         assert scale < 1e20 or server_round in dropped
     assert set(dropped) <= rounds
+
+
+@pytest.mark.parametrize("name", ["vert", "median"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda new: {}, "the reply has no tensors"),
+        (lambda new: {**new, "other": torch.ones(2)}, "'other' was not sent"),
+        (lambda new: {**new, "bias": new["bias"] > 0}, "'bias' is of truth values"),
+        (lambda new: {**new, "bias": new["bias"][:2]}, r"'bias' has shape \(2,\), expected \(5,\)"),
+        (lambda new: {**new, "bias": new["bias"].double() * math.inf}, "the norm of its update is inf"),
+    ],
+    ids=["empty", "unknown", "bool", "shape", "infinite"],
+)
+def test_a_malformed_reply_is_dropped_and_named(name, change, reason):
+    """The loop checks replies itself; around a strategy that asks for other arrays, or in another loop, nobody does."""
+    defence, told = made(name), Recorder()
+    defence.prepare(registry.config_from_flat({}), None, EventBus([told]))
+    messages = list(defence.configure_train(1, initial_arrays(), ConfigRecord(), FakeGrid([1, 2, 3], None)))
+    replies = []
+    for message in messages:
+        node = message.metadata.dst_node_id
+        new = honest(decode(message.content["arrays"]), node, 1)
+        arrays = {key: Array(value.numpy()) for key, value in (change(new) if node == 2 else new).items()}
+        replies.append(reply_with(message, ArrayRecord(arrays)))
+    arrays, _ = defence.aggregate_train(1, iter(replies))
+    (dropped,) = told.of("node-dropped")
+    assert (dropped["round"], dropped["phase"], dropped["node"], dropped["kind"]) == (
+        1,
+        "train",
+        "2",
+        "invalid",
+    )
+    assert re.match(reason, dropped["reason"])
+    assert set(told.of("verdict")[0]["kept"]) == {"1", "3"}
+    assert all(bool(torch.isfinite(value).all()) for value in decode(arrays).values())
+
+
+def test_where_every_reply_is_malformed_the_round_is_skipped():
+    _, told = run(
+        made("vert"), answering(lambda server_round, node, start, new: {k: 1e20 * v for k, v in new.items()})
+    )
+    assert [event["reason"] for event in told.of("round-skipped")] == [
+        "no reply was left to judge; the model stays as it was"
+    ] * ROUNDS
+
+
+class Careless(ReplyFilter):
+    """Divides by zero."""
+
+    def judge(self, server_round, cohort):
+        factors = torch.ones(len(cohort.clients))
+        factors[-1] = math.nan
+        return Verdict(factors, factors)
+
+
+class Worse(Careless):
+    def judge(self, server_round, cohort):
+        verdict = super().judge(server_round, cohort)
+        return Verdict(
+            torch.ones(len(cohort.clients)), verdict.scores, replacement=torch.full((19,), math.nan)
+        )
+
+
+def test_a_verdict_that_is_not_finite_rejects():
+    client = answering(lambda server_round, node, start, new: new)
+    arrays, told = run(Careless(FedAvg(fraction_evaluate=0)), client, rounds=1)
+    assert all(bool(torch.isfinite(value).all()) for value in arrays.values())
+    assert [e["message"] for e in told.of("warning")] == [
+        "round 1: Careless came to no finite number for 1 replies, which are rejected: n8"
+    ]
+    assert [name for name, kept in told.of("verdict")[0]["kept"].items() if not kept] == ["n8"]
+    arrays, told = run(Worse(FedAvg(fraction_evaluate=0)), client, rounds=1)
+    assert "rejected all 8 replies" in told.of("round-skipped")[0]["reason"]
