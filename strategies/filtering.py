@@ -164,7 +164,15 @@ class ReplyFilter(StrategyWrapper):
             ReplyError: it cannot be judged.
         """
         start, new = self._tensors(message)
-        check_tensors(self.sent_tensors(message.metadata.src_node_id), new)
+        sent = self.sent_tensors(message.metadata.src_node_id)
+        check_tensors(sent, new)
+        if (names := [name for name in sent if name in new]) != list(new):
+            # Rules over coordinates go by the order, and updates come without what was sent to tell it.
+            record = only_arrays(message)
+            arrays = dict(record.items())
+            record.clear()
+            record.update({name: arrays[name] for name in names})
+            new = {name: new[name] for name in names}
         sketch = self.represent(start, new)
         if not is_bounded(sketch):
             raise ReplyError(

@@ -1,9 +1,13 @@
-"""A client's update as one flat vector, and the way back into its reply."""
+"""A client's update as one flat vector, and the way back into its reply.
+
+Tensors follow each other as the client was sent them, whatever the order of its reply: rules over coordinates compare a
+number with the same one of the others. Updates, which come without what was sent, keep their order.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from flwr.app import ArrayRecord
@@ -22,7 +26,7 @@ def flat_update(start: Tensors, new: Tensors) -> Tensor:
         new: the tensors of its reply.
     """
     return torch.cat(
-        [(value - start[name] if start else value).flatten().float() for name, value in new.items()]
+        [(new[name] - start[name] if start else new[name]).flatten().float() for name in _ordered(start, new)]
     )
 
 
@@ -30,11 +34,11 @@ def set_update(record: ArrayRecord, start: Tensors, update: Tensor) -> None:
     """Put ``start`` + ``update`` into a reply's record.
 
     Args:
-        record: of the reply; its names and shapes say how the vector is cut.
+        record: of the reply; its shapes say how the vector is cut.
         start: what the client was sent; empty if the reply carries an update.
         update: as :func:`flat_update` returns it.
     """
-    shapes = {name: array.shape for name, array in record.items()}
+    shapes = {name: record[name].shape for name in _ordered(start, record)}
     pieces = torch.split(update, [math.prod(shape) for shape in shapes.values()])
     overwrite(
         record,
@@ -43,6 +47,12 @@ def set_update(record: ArrayRecord, start: Tensors, update: Tensor) -> None:
             for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
         },
     )
+
+
+def _ordered(start: Tensors, names: Iterable[str]) -> list[str]:
+    """The names of a reply as they were sent; as they come if ``start`` is empty."""
+    given = dict.fromkeys(names)
+    return [name for name in start if name in given] if start else list(given)
 
 
 def overwrite(record: ArrayRecord, tensors: Tensors) -> None:

@@ -7,13 +7,14 @@ import pytest
 import torch
 from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.filtering import ReplyFilter, Verdict
+from fedllm.strategies.flat_updates import flat_update, set_update
 from fedllm.strategies.robust.strategy import FLTrust
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from fedllm import registry
 from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
-from fedllm.records import decode, encode
+from fedllm.records import ADAPTER, GRADIENT, decode, encode
 from fedllm.rounds import run_rounds
 from tests.fakes import FakeGrid, Recorder, initial_arrays, reply_with
 from tests.unit.test_vert import normal
@@ -172,3 +173,36 @@ def test_a_verdict_that_is_not_finite_rejects():
     assert [name for name, kept in told.of("verdict")[0]["kept"].items() if not kept] == ["n8"]
     arrays, told = run(Worse(FedAvg(fraction_evaluate=0)), client, rounds=1)
     assert "rejected all 8 replies" in told.of("round-skipped")[0]["reason"]
+
+
+# ------------------------------------------------------------------ order of tensors
+
+
+@pytest.mark.parametrize("reads", [ADAPTER, GRADIENT])
+@pytest.mark.parametrize("name", DEFENCES)
+def test_the_order_of_a_replys_tensors_does_not_matter(name, reads, monkeypatch):
+    monkeypatch.setattr(FedAvg, "reads", reads)
+    sent = {"c": torch.zeros(4, 3), "a": torch.zeros(6), "b": torch.zeros(2, 3)}
+    outcome = []
+    for turned in (set(), {3, LAST}):
+
+        def change(server_round, node, start, new, turned=turned):
+            return dict(reversed(new.items())) if node in turned else new
+
+        outcome.append(run(made(name), answering(change), encode(sent)))
+    (plain, _), (other, _) = outcome
+    for key, value in plain.items():
+        assert value.abs().min() > 0
+        assert torch.allclose(value, other[key], atol=1e-5), key
+    first, second = ([v["kept"] for v in told.of("verdict")] for _, told in outcome)
+    assert first == second
+
+
+def test_a_flat_update_and_the_way_back_follow_what_was_sent():
+    start = {"c": torch.tensor([1.0, 2.0]), "a": torch.tensor([[3.0]]), "b": torch.tensor([4.0])}
+    new = {"a": torch.tensor([[30.0]]), "c": torch.tensor([10.0, 20.0])}
+    assert flat_update(start, new).tolist() == [9.0, 18.0, 27.0]
+    record = encode(new)
+    set_update(record, start, torch.tensor([0.5, 0.25, 0.125]))
+    found = {name: value.tolist() for name, value in decode(record).items()}
+    assert found == {"a": [[3.125]], "c": [1.5, 2.25]}
