@@ -24,8 +24,9 @@ planned             round, phase ("warm-up" or "plan"), weights (names of the ca
                     bits, batch_size, steps, ranks by weight, predicted bytes and seconds, under_training, value),
                     refused (reason by name); it holds until the next one
 round-timed         round, seconds (of the slowest node by the time model), nodes (seconds by name)
-verdict             round, defence, by node: kept, scores (larger: more trusted), factors (0: rejected); VERT adds
-                    distances (above 1: outside of what is expected) by node and predictor
+verdict             round, defence, by node: kept, scores (larger: more trusted), factors (0: rejected), weights (only
+                    of kept replies that do not count as many examples as they claim); VERT adds distances (above 1:
+                    outside of what is expected) by node and predictor
 step-taken-back     round, reason: the step before this round, with which the global model was left worse
 round-skipped       round, reason
 checkpointed        round, path, bytes, seconds

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates, check_keep
+from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates, check_keep, middle
 from fedllm.strategies.vert.paper import PaperDetector
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
@@ -63,6 +63,10 @@ class PaperVERT(WholeUpdates):
         self.tell_of_few(server_round, cohort, "vert-paper.keep", self._keep)
         kept, scores = self._detector.judge(cohort.clients, cohort.sketches)
         return Verdict(kept.float(), scores)
+
+    def believed(self, claims: Sequence[int]) -> list[int]:
+        """The same for each: the published mean is not weighed by examples."""
+        return [middle(claims)] * len(claims)
 
     def own_state(self) -> dict[str, Any]:
         """The history."""

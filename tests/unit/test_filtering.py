@@ -10,11 +10,13 @@ from fedllm.strategies.filtering import ReplyFilter, Verdict
 from fedllm.strategies.flat_updates import flat_update, set_update
 from fedllm.strategies.robust.strategy import FLTrust
 from flwr.app import Array, ArrayRecord, ConfigRecord
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedllm import registry
 from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
-from fedllm.records import ADAPTER, GRADIENT, decode, encode
+from fedllm.records import ADAPTER, GRADIENT, MAX_EXAMPLES, decode, encode
 from fedllm.rounds import run_rounds
 from tests.fakes import FakeGrid, Recorder, initial_arrays, reply_with
 from tests.unit.test_vert import normal
@@ -206,3 +208,76 @@ def test_a_flat_update_and_the_way_back_follow_what_was_sent():
     set_update(record, start, torch.tensor([0.5, 0.25, 0.125]))
     found = {name: value.tolist() for name, value in decode(record).items()}
     assert found == {"a": [[3.125]], "c": [1.5, 2.25]}
+
+
+# ----------------------------------------------------------------- what replies claim
+
+START = {"w": torch.zeros(40)}
+
+
+def claiming(claim, honest_claim=lambda node: 10):
+    """All go the same way but for noise; the last one also a little elsewhere, and claims to have many examples."""
+
+    def change(server_round, node, start, new):
+        aside = 0.02 * normal("aside", shape=(40,)) if node == LAST else 0.0
+        return {
+            "w": start["w"]
+            + 0.1 * normal("w", shape=(40,))
+            + aside
+            + 0.01 * normal(node, server_round, shape=(40,))
+        }
+
+    return answering(change, lambda node: claim if node == LAST else honest_claim(node))
+
+
+@pytest.mark.parametrize("reads_key", ["num-examples", "num-targets"])
+def test_a_claim_of_a_billion_examples_weighs_four_ordinary_ones(reads_key):
+    """Norm bounding keeps all: the mean that is expected follows from the bound."""
+    outcome = {}
+    for claim in (40, 10**9):
+        strategy = FedAvg(fraction_evaluate=0, weighted_by_key=reads_key)
+        client = claiming(claim)
+
+        def answer(message, node, client=client):
+            reply = client(message, node)
+            reply.content["metrics"]["num-targets"] = reply.content["metrics"]["num-examples"]
+            return reply
+
+        outcome[claim] = run(
+            registry.load("defences", "norm-bound")(strategy), answer, encode(START), rounds=2
+        )
+    assert torch.equal(outcome[40][0]["w"], outcome[10**9][0]["w"])
+    assert [v["weights"] for v in outcome[40][1].of("verdict")] == [{}, {}]
+    assert [v["weights"] for v in outcome[10**9][1].of("verdict")] == [{f"n{LAST}": 40}] * 2
+    claims = [e["num_examples"] for e in outcome[10**9][1].of("node-replied") if e["node"] == f"n{LAST}"]
+    assert claims == [10**9] * 2
+
+
+@pytest.mark.parametrize("rule", ["mean", "geometric-median", "median"])
+def test_a_claim_of_a_billion_examples_does_not_own_a_round_of_vert(rule):
+    def made_vert():
+        return registry.load("defences", "vert")(FedAvg(fraction_evaluate=0), rule=rule)
+
+    modest, _ = run(made_vert(), claiming(40), encode(START))
+    boasting, told = run(made_vert(), claiming(10**9), encode(START))
+    assert told.of("verdict")[0]["kept"][f"n{LAST}"]
+    assert torch.equal(modest["w"], boasting["w"])
+
+
+def test_the_published_form_weighs_all_alike():
+    defence = registry.load("defences", "vert-paper")
+    outcome = []
+    for client in (claiming(10), claiming(10**9, lambda node: 3 * node)):
+        paper = defence(FedAvg(fraction_evaluate=0), keep=len(NODES), size=16)
+        outcome.append(run(paper, client, encode(START), rounds=3)[0]["w"])
+    assert torch.allclose(*outcome, atol=1e-6)
+
+
+@given(st.lists(st.integers(1, MAX_EXAMPLES), min_size=1, max_size=30))
+def test_what_is_believed_is_bounded_and_honest_claims_are_left_alone(claims):
+    believed = made("norm-bound").believed(claims)
+    ordinary = sorted(claims)[(len(claims) - 1) // 2]
+    assert all(0 < weight <= 4 * ordinary for weight in believed)
+    assert all(
+        weight == claim for claim, weight in zip(claims, believed, strict=True) if claim <= 4 * ordinary
+    )
