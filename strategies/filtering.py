@@ -68,12 +68,14 @@ class Verdict:
         details: further fields of the ``verdict`` event.
         replacement: an update ``[d]`` that every kept reply carries instead of its own, so that the inner strategy's
             mean, whatever its weights, is this update; None: replies keep theirs.
+        reason: why the round is left out with nobody judged; empty: it is not.
     """
 
     factors: Tensor
     scores: Tensor
     details: Mapping[str, Any] = field(default_factory=dict)
     replacement: Tensor | None = None
+    reason: str = ""
 
 
 class ReplyFilter(StrategyWrapper):
@@ -137,6 +139,9 @@ class ReplyFilter(StrategyWrapper):
                 self.skip_reason = "no reply was left to judge; the model stays as it was"
                 return self.inner.aggregate_train(server_round, iter(()))
             verdict = self._sound(server_round, cohort, self.judge(server_round, cohort))
+            if verdict.reason:
+                self.skip_reason = f"{verdict.reason}; the model stays as it was"
+                return None, None
             weights = self._counted(cohort, verdict)
             if self.tells:
                 self._tell(server_round, cohort, verdict, weights)

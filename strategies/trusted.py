@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fedllm.strategies.filtering import ReplyFilter
+from fedllm.strategies.filtering import LARGEST_NORM, ReplyFilter, is_bounded
 from fedllm.strategies.vert.sketch import Sketch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -19,7 +19,7 @@ from torch import Tensor
 from fedllm import registry
 from fedllm.config import RunConfig
 from fedllm.data import test_examples
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, NonFiniteLossError
 from fedllm.events import EventBus
 from fedllm.records import decode
 from fedllm.seeding import derive_seed
@@ -45,7 +45,7 @@ class RootedFilter(ReplyFilter):
 
     Attributes:
         root: the trusted update as a function, once the run is prepared; None: nothing is trusted.
-        root_sketch: sketch of the trusted update of this round.
+        root_sketch: sketch of the trusted update of this round; None as well where that is of no use.
     """
 
     def __init__(
@@ -91,10 +91,25 @@ class RootedFilter(ReplyFilter):
         """The inner strategy's messages; the trusted update of this round is computed first."""
         self.root_sketch = None
         if self.root is not None:
-            current = decode(arrays)
-            trained = self.root(server_round, current)
-            self.root_sketch = self.sketcher.update(current if self.replies_are_adapters else {}, trained)
+            self.root_sketch = self._trusted(self.root, server_round, decode(arrays))
         return super().configure_train(server_round, arrays, config, grid)
+
+    def _trusted(self, root: RootUpdate, server_round: int, current: Mapping[str, Tensor]) -> Sketch | None:
+        """Sketch of the trusted update; None, and a warning, if nothing can be compared with it."""
+        try:
+            trained = root(server_round, current)
+            sketch = self.sketcher.update(current if self.replies_are_adapters else {}, trained)
+            found = f"its norm is {sketch.norm:g}"
+        except NonFiniteLossError as error:
+            sketch, found = None, str(error)
+        if sketch is not None and is_bounded(sketch):
+            return sketch
+        key = f"{type(self).__name__.lower()}.root-examples"
+        self._warn(
+            f"round {server_round}: the trusted update ({key}) is of no use, expected a norm of at most "
+            f"{LARGEST_NORM:g}: {found}; this round has none"
+        )
+        return None
 
 
 class TrustedData:

@@ -52,7 +52,8 @@ class AgainstShare(ReplyFilter):
 
     def attackers(self, cohort: Cohort) -> int:
         """F for this round."""
-        return int(self._share * len(cohort.clients))
+        # 0.29 · 100 is 28.999… in floating point.
+        return int(self._share * len(cohort.clients) + 1e-9)
 
 
 class Krum(AgainstShare, WeighingFilter):
@@ -135,6 +136,13 @@ class FLTrust(RootedFilter, WeighingFilter):
         root: RootUpdate | None = None,
     ) -> None:
         super().__init__(inner, root_examples=root_examples, root=root, sketch_size=sketch_size, seed=seed)
+
+    def judge(self, server_round: int, cohort: Cohort) -> Verdict:
+        """Nobody in a round whose trusted update is of no use: there is nothing to compare with."""
+        if self.root is not None and self.root_sketch is None:
+            nobody = torch.zeros(len(cohort.clients))
+            return Verdict(nobody, nobody, reason="FLTrust has no trusted update in this round")
+        return super().judge(server_round, cohort)
 
     def weights(self, server_round: int, cohort: Cohort) -> Tensor:
         """Cosines above 0, over their sum and the updates' norms.

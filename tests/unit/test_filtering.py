@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import registry
+from fedllm.errors import NonFiniteLossError
 from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
 from fedllm.records import ADAPTER, GRADIENT, MAX_EXAMPLES, decode, encode
@@ -281,3 +282,35 @@ def test_what_is_believed_is_bounded_and_honest_claims_are_left_alone(claims):
     assert all(
         weight == claim for claim, weight in zip(claims, believed, strict=True) if claim <= 4 * ordinary
     )
+
+
+# ------------------------------------------------------------------- trusted updates
+
+
+def useless(kind, good):
+    """A trusted update that cannot be compared with anything in round 3."""
+
+    def root(server_round, current):
+        if server_round != 3:
+            return good(server_round, current)
+        if kind == "diverged":
+            raise NonFiniteLossError("the loss is nan")
+        return {name: value + (math.nan if kind == "nan" else 1e20) for name, value in current.items()}
+
+    return root
+
+
+@pytest.mark.parametrize("kind", ["nan", "huge", "diverged"])
+@pytest.mark.parametrize("name", ["vert", "fltrust"])
+def test_a_trusted_update_of_no_use_is_told_and_costs_one_round_at_most(name, kind):
+    root = useless(kind, lambda server_round, current: honest(current, 0, server_round))
+    defence = registry.load("defences", name)(FedAvg(fraction_evaluate=0), root=root)
+    arrays, told = run(defence, answering(lambda server_round, node, start, new: new))
+    (warning,) = told.of("warning")
+    assert warning["message"].startswith(f"round 3: the trusted update ({name}.root-examples) is of no use")
+    skipped = [(event["round"], event["reason"]) for event in told.of("round-skipped")]
+    reason = "FLTrust has no trusted update in this round; the model stays as it was"
+    assert skipped == ([(3, reason)] if name == "fltrust" else [])
+    kept = {verdict["round"]: sum(verdict["kept"].values()) for verdict in told.of("verdict")}
+    assert kept == {r: len(NODES) for r in range(1, ROUNDS + 1) if (r, reason) not in skipped}
+    assert all(bool(torch.isfinite(value).all()) for value in arrays.values())
