@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
@@ -65,7 +66,7 @@ class TemporalCosine(FollowingFilter):
 
     Args:
         inner: any Flower strategy.
-        keep: share of the replies that is kept after the warm-up.
+        keep: share of the replies that is kept after the warm-up; 1: all.
         warm_up: first rounds, which are trusted.
         sketch_size: numbers that stand for an update.
         seed: of the sketches.
@@ -80,7 +81,7 @@ class TemporalCosine(FollowingFilter):
         sketch_size: Size = 512,
         seed: int = 0,
     ) -> None:
-        rule = temporal.TemporalCosine(keep, warm_up=warm_up)
+        rule = temporal.TemporalCosine(_share(keep), warm_up=warm_up)
         super().__init__(inner, rule, sketch_size=sketch_size, seed=seed)
 
 
@@ -89,7 +90,7 @@ class Flanders(FollowingFilter):
 
     Args:
         inner: any Flower strategy.
-        keep: share of the replies that is kept after the warm-up.
+        keep: share of the replies that is kept after the warm-up; 1: all.
         coordinates: numbers of a sketch that are forecast; the paper samples parameters.
         window: rounds that the autoregression is fitted to.
         warm_up: first rounds, which are trusted.
@@ -108,7 +109,7 @@ class Flanders(FollowingFilter):
         sketch_size: Size = 512,
         seed: int = 0,
     ) -> None:
-        rule = temporal.Flanders(keep, coordinates, window, warm_up, seed)
+        rule = temporal.Flanders(_share(keep), coordinates, window, warm_up, seed)
         super().__init__(inner, rule, sketch_size=sketch_size, seed=seed)
 
 
@@ -135,3 +136,8 @@ class FLDetector(FollowingFilter):
         seed: int = 0,
     ) -> None:
         super().__init__(inner, temporal.FLDetector(window, warm_up), sketch_size=sketch_size, seed=seed)
+
+
+def _share(keep: float) -> float:
+    """A share of the replies as the rules take it: 1, which they take for one reply, is all of them here."""
+    return math.inf if keep == 1 else keep

@@ -16,13 +16,14 @@ class TemporalCosine:
     """Cosine to the mean of a client's own last updates plus that of the last aggregates; nothing is trained (ours).
 
     Args:
-        keep: how many clients are kept after the warm-up: a number, or a share of those that reply if at most 1.
+        keep: how many clients are kept after the warm-up: a number from 1 on, or a share of those that reply.
         window: rounds in both means.
         warm_up: rounds in which all are kept.
+        clients: that are remembered; beyond that the one that was not seen for longest is forgotten.
     """
 
-    def __init__(self, keep: float, window: int = 3, warm_up: int = 2) -> None:
-        self._keep, self._window, self._warm_up = keep, window, warm_up
+    def __init__(self, keep: float, window: int = 3, warm_up: int = 2, clients: int = 10_000) -> None:
+        self._keep, self._window, self._warm_up, self._clients = keep, window, warm_up, clients
         self._own: dict[str, deque[Tensor]] = {}
         self._means: deque[Tensor] = deque(maxlen=window)
         self._round = 0
@@ -48,19 +49,24 @@ class TemporalCosine:
             kept = best(scores, self._keep)
         aggregate = updates[kept].mean(0)
         for client, update, is_kept in zip(clients, updates, kept.tolist(), strict=True):
-            own = self._own.setdefault(client, deque(maxlen=self._window))
+            own = self._own.pop(client, deque(maxlen=self._window))
             own.append((update if is_kept else aggregate).clone())
+            self._own[client] = own  # at the end: those not seen for longest come first
+        for client in list(self._own)[: max(0, len(self._own) - self._clients)]:
+            del self._own[client]
         self._means.append(aggregate)
         return kept, scores
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered updates."""
         own = {client: torch.stack(list(updates)) for client, updates in self._own.items()}
-        return {"own": own, "means": list(self._means), "round": self._round}
+        return {"own": own, "order": list(own), "means": list(self._means), "round": self._round}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self._own = {client: deque(rows, maxlen=self._window) for client, rows in state["own"].items()}
+        own = state["own"]
+        order = state.get("order", own)  # states of earlier versions have none
+        self._own = {client: deque(own[client], maxlen=self._window) for client in order}
         self._means = deque(state["means"], maxlen=self._window)
         self._round = state["round"]
 
@@ -73,7 +79,7 @@ class Flanders:
     round in which it was absent: the mean of those that were there.
 
     Args:
-        keep: how many are kept after the warm-up: a number, or a share of those that reply if at most 1.
+        keep: how many are kept after the warm-up: a number from 1 on, or a share of those that reply.
         coordinates: p.
         window: rounds.
         warm_up: rounds in which all are kept.
@@ -218,10 +224,10 @@ class FLDetector:
 
 
 def best(scores: Tensor, keep: float) -> Tensor:
-    """The ``keep`` highest scores ``[n]`` bool; up to 1 it is a share of them, and one is kept in any case."""
-    count = keep if keep > 1 else max(1.0, keep * len(scores))
+    """The ``keep`` highest scores ``[n]`` bool; below 1 it is a share of them, and one is kept in any case."""
+    count = keep if keep >= 1 else max(1.0, keep * len(scores))
     kept = torch.zeros(len(scores), dtype=torch.bool)
-    kept[scores.argsort(descending=True, stable=True)[: round(count)]] = True
+    kept[scores.argsort(descending=True, stable=True)[: round(min(count, len(scores)))]] = True
     return kept
 
 

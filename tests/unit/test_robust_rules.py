@@ -1,5 +1,6 @@
 """Robust rules against byzfl and against formulas written out in NumPy."""
 
+import math
 import sys
 from unittest.mock import MagicMock
 
@@ -10,7 +11,7 @@ from fedllm.strategies.fedavg import FedAvg
 from fedllm.strategies.filtering import Cohort
 from fedllm.strategies.robust import rules
 from fedllm.strategies.robust import strategy as wrappers
-from fedllm.strategies.robust.temporal import Flanders, FLDetector, TemporalCosine, split_high
+from fedllm.strategies.robust.temporal import Flanders, FLDetector, TemporalCosine, best, split_high
 from fedllm.strategies.vert.paper import PaperDetector
 from fedllm.strategies.vert.paper_strategy import PaperVERT
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 
 from fedllm import registry
 from fedllm.errors import PlanError
-from tests.unit.test_vert import inner, loop
+from tests.unit.test_vert import inner, loop, normal
 
 GENERATOR = torch.Generator().manual_seed(0)
 UPDATES = torch.cat(
@@ -172,6 +173,53 @@ def test_rivals_with_memory_keep_the_predictable(make):
         if server_round > 3:
             assert kept.tolist() == [True] * 3 + [False] * 5, server_round
             assert scores[:3].min() > scores[3:].max()
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(1, 1), (3, 3), (3.0, 3), (100, 8), (0.5, 4), (0.25, 2), (0.01, 1), (math.inf, 8)]
+)
+def test_a_number_is_a_number_from_one_on_and_a_share_below(keep, kept):
+    assert best(torch.arange(8.0), keep).tolist() == [False] * (8 - kept) + [True] * kept
+
+
+@pytest.mark.parametrize("rival", [TemporalCosine(1), Flanders(1, coordinates=20)])
+def test_one_honest_client_can_be_told(rival):
+    names = [str(i) for i in range(8)]
+    for server_round in range(1, 6):
+        kept, _ = rival.judge(names, made_up(server_round, 7 if server_round > 3 else 0))
+    assert kept.tolist() == [True] + [False] * 7
+
+
+@pytest.mark.parametrize("name", ["temporal-cosine", "flanders"])
+def test_the_key_keep_is_a_share_up_to_all(name):
+    for keep, expected in ((1.0, 8), (0.5, 4)):
+        _, told = loop(registry.load("defences", name)(FedAvg(fraction_evaluate=0), keep=keep), rounds=4)
+        assert [sum(v["kept"].values()) for v in told.of("verdict")] == [8, 8, expected, expected]
+
+
+def test_the_temporal_cosine_forgets_whom_it_has_not_seen_for_longest():
+    def see(rival, *clients):
+        rival.judge(list(clients), torch.stack([normal(client, shape=(20,)) for client in clients]))
+
+    rival = TemporalCosine(0.5, clients=3)
+    see(rival, "a", "b", "c")
+    see(rival, "a")
+    see(rival, "d")
+    assert list(rival._own) == ["c", "a", "d"]
+    other = TemporalCosine(0.5, clients=3)
+    other.load_state_dict(rival.state_dict())
+    see(other, "c")
+    see(other, "e")
+    assert set(other._own) == {"c", "d", "e"}
+    for index in range(50):
+        see(other, f"fresh {index}")
+    assert len(other.state_dict()["own"]) == 3
+
+
+@pytest.mark.parametrize(("share", "n", "f"), [(0.29, 100, 29), (0.2, 100, 20), (0.3, 11, 3), (0.19, 10, 1)])
+def test_the_attackers_share_is_not_rounded_one_too_low(share, n, f):
+    cohort = Cohort([str(i) for i in range(n)], torch.zeros(n, 2), torch.zeros(n))
+    assert wrappers.Krum(FedAvg(), attackers=share).attackers(cohort) == f
 
 
 def test_two_clusters_are_told_from_one():
