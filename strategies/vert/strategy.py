@@ -28,6 +28,7 @@ def _checked_keep(keep: Any) -> Any:
     return keep
 
 
+_WARN_AFTER = 3
 Keep = Annotated[str | int | float, PlainValidator(_checked_keep)]
 Rule = Literal["mean", "geometric-median", "mixed-geometric-median", "median", "trimmed-mean", "nnm"]
 RULES: Mapping[str, type[ReplyFilter]] = {
@@ -97,6 +98,7 @@ class VERT(RootedFilter):
             clients=max_clients,
             seed=seed,
         )
+        self._in_a_row = 0
 
     @classmethod
     def check_config(cls, config: RunConfig) -> None:
@@ -140,7 +142,18 @@ class VERT(RootedFilter):
             "distances": dict(zip(cohort.clients, found.distances.tolist(), strict=True)),
             "predictor": found.predictor,
         }
+        self._tell_of_many(server_round, found.kept)
         return Verdict(self.weigh(found.factors, cohort.sketches), found.scores, details)
+
+    def _tell_of_many(self, server_round: int, kept: Tensor) -> None:
+        """Warn once of rounds in a row that reject most replies: it is an attack, or nobody can train on."""
+        self._in_a_row = self._in_a_row + 1 if float(kept.float().mean()) < 0.5 else 0
+        if self._in_a_row == _WARN_AFTER:
+            self._warn(
+                f"round {server_round}: VERT has rejected most replies {_WARN_AFTER} times in a row: either most "
+                "clients are hostile, or training turns faster than it can follow; if they are not, lower "
+                "train.learning-rate, train more local steps, or set vert.keep"
+            )
 
     def weigh(self, factors: Tensor, sketches: Tensor) -> Tensor:
         """Factors ``[n]`` with the weights of the rule, where it is one that weighs; see :mod:`.rule`."""

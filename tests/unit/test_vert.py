@@ -330,6 +330,14 @@ def test_a_round_whose_replies_are_all_rejected_is_skipped():
         assert (array.numpy() == result.arrays[name].numpy()).all()
 
 
+def test_rounds_that_reject_most_replies_are_warned_of_once():
+    _, told = loop(VERT(FedAvg(fraction_evaluate=0)), hostile={4, 5, 6, 7, 8}, rounds=8)
+    warnings = [e["message"] for e in told.of("warning") if "most replies" in e["message"]]
+    assert [message.split(":")[0] for message in warnings] == ["round 5"]
+    _, told = loop(VERT(FedAvg(fraction_evaluate=0)), hostile={6, 7, 8}, rounds=8)
+    assert not [e for e in told.of("warning") if "most replies" in e["message"]]
+
+
 def test_a_resumed_run_has_the_same_verdicts(tmp_path):
     hostile = {4, 5, 6, 7, 8}
     whole, told = loop(VERT(FedAvg(fraction_evaluate=0)), hostile, rounds=6)
