@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates, check_keep, middle
+from fedllm.strategies.one_form import check_one_form, defences_of_any_form
 from fedllm.strategies.vert.paper import PaperDetector
 from flwr.serverapp.strategy import Strategy
 from pydantic import Field
+
+from fedllm.config import RunConfig
 
 
 class PaperVERT(WholeUpdates):
@@ -48,6 +51,15 @@ class PaperVERT(WholeUpdates):
             learning_rate=learning_rate,
             seed=seed,
         )
+
+    @staticmethod
+    def check_config(config: RunConfig) -> None:
+        """Refuse clients of several ranks.
+
+        Raises:
+            ConfigError: ``lora.client-ranks`` names more than one.
+        """
+        check_one_form(config, "defence", config.defence, f"set defence to one of {defences_of_any_form()}")
 
     @classmethod
     def check_cohort(cls, parameters: Mapping[str, Any], clients: int) -> None:

@@ -85,7 +85,7 @@ def test_bad_keys_are_refused(flat, changes, error, message):  # noqa: F811
         run(flat, **changes)
 
 
-WHOLE = ["median", "trimmed-mean", "bulyan", "centred-clipping", "nnm"]
+WHOLE = ["median", "trimmed-mean", "bulyan", "centred-clipping", "nnm", "vert-paper"]
 
 
 @pytest.mark.parametrize(
