@@ -297,7 +297,9 @@ class ReplyFilter(StrategyWrapper):
 
     def _scale(self, message: Message, factor: float) -> None:
         """Multiply the update of a reply by a factor; a LoRA product follows to first order in the change."""
-        sent, new = self._tensors(message)
+        sent, arrived = self._tensors(message)
+        # Counters are integers, between which nothing lies: they are rounded when they are written.
+        new = {n: value if value.is_floating_point() else value.double() for n, value in arrived.items()}
         scaled = {
             name: factor * value if not sent else torch.lerp(sent[name].to(value), value, factor)
             for name, value in new.items()

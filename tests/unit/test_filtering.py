@@ -3,6 +3,7 @@
 import math
 import re
 
+import flwr.serverapp.strategy as flower
 import pytest
 import torch
 from fedllm.strategies.fedavg import FedAvg
@@ -17,7 +18,7 @@ from fedllm import registry
 from fedllm.errors import NonFiniteLossError
 from fedllm.events import EventBus
 from fedllm.exchange import LoopOptions
-from fedllm.records import ADAPTER, GRADIENT, MAX_EXAMPLES, decode, encode
+from fedllm.records import ADAPTER, GRADIENT, MAX_EXAMPLES, decode, encode, only_arrays
 from fedllm.rounds import run_rounds
 from tests.fakes import FakeGrid, Recorder, initial_arrays, reply_with
 from tests.unit.test_vert import normal
@@ -176,6 +177,26 @@ def test_a_verdict_that_is_not_finite_rejects():
     assert [name for name, kept in told.of("verdict")[0]["kept"].items() if not kept] == ["n8"]
     arrays, told = run(Worse(FedAvg(fraction_evaluate=0)), client, rounds=1)
     assert "rejected all 8 replies" in told.of("round-skipped")[0]["reason"]
+
+
+class Halved(ReplyFilter):
+    def judge(self, server_round, cohort):
+        return Verdict(torch.full((len(cohort.clients),), 0.5), torch.ones(len(cohort.clients)))
+
+
+def test_the_counters_of_a_model_are_scaled_and_rounded():
+    """Models of stock Flower apps have integer buffers, which stay integers."""
+    sent = {"w": torch.zeros(3), "batches": torch.tensor(7)}
+    record = ArrayRecord({name: Array(value.numpy()) for name, value in sent.items()})
+    defence = Halved(flower.FedAvg(fraction_evaluate=0, min_available_nodes=2, min_train_nodes=2))
+    messages = list(defence.configure_train(1, record, ConfigRecord(), FakeGrid([1, 2], None)))
+    new = {"w": torch.ones(3), "batches": torch.tensor(13)}
+    replies = [reply_with(m, ArrayRecord({n: Array(v.numpy()) for n, v in new.items()})) for m in messages]
+    arrays, _ = defence.aggregate_train(1, iter(replies))
+    found = decode(arrays)
+    assert found["w"].tolist() == [0.5] * 3
+    assert found["batches"].item() == 10
+    assert only_arrays(replies[0])["batches"].dtype == "int64"
 
 
 # ------------------------------------------------------------------ order of tensors
