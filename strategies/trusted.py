@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fedllm.strategies.filtering import LARGEST_NORM, ReplyFilter, is_bounded
+from fedllm.strategies.believable import LARGEST_NORM, is_bounded
+from fedllm.strategies.filtering import ReplyFilter
 from fedllm.strategies.vert.sketch import Sketch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid

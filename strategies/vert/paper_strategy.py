@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates, check_keep, middle
+from fedllm.strategies.believable import middle
+from fedllm.strategies.filtering import Cohort, Verdict, WholeUpdates, check_keep
 from fedllm.strategies.one_form import check_one_form, defences_of_any_form
 from fedllm.strategies.vert.paper import PaperDetector
 from flwr.serverapp.strategy import Strategy
