@@ -146,8 +146,9 @@ class VERT(RootedFilter):
         return Verdict(self.weigh(found.factors, cohort.sketches), found.scores, details)
 
     def _tell_of_many(self, server_round: int, kept: Tensor) -> None:
-        """Warn once of rounds in a row that reject most replies: it is an attack, or nobody can train on."""
-        self._in_a_row = self._in_a_row + 1 if float(kept.float().mean()) < 0.5 else 0
+        """Warn once of rounds in a row that reject most replies unasked: it is an attack, or nobody can train on."""
+        asked_for = self.detector.keep > 0
+        self._in_a_row = self._in_a_row + 1 if float(kept.float().mean()) < 0.5 and not asked_for else 0
         if self._in_a_row == _WARN_AFTER:
             self._warn(
                 f"round {server_round}: VERT has rejected most replies {_WARN_AFTER} times in a row: either most "
