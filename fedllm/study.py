@@ -14,6 +14,22 @@ from fedllm.history import RunHistory
 from fedllm.report import load_run
 
 
+def checked(app: Path, settings: str) -> RunConfig:
+    """The configuration of a run; asked for all runs of a comparison, a wrong one is found before the first is made.
+
+    Args:
+        app: folder of the Flower app.
+        settings: pairs of keys and values, as ``fedllm simulate -c`` takes them.
+
+    Raises:
+        ConfigError: a key or value is wrong, or they do not go together.
+        RegistryError: a plug-in that cannot be found.
+    """
+    config = registry.config_from_flat(resolve(read_app(app), [settings]))
+    registry.check(config)
+    return config
+
+
 def finished_run(app: Path, folder: Path, settings: str) -> RunHistory:
     """The history of the run in a folder; ``fedllm simulate`` makes it first, unless it is finished.
 
@@ -24,10 +40,11 @@ def finished_run(app: Path, folder: Path, settings: str) -> RunHistory:
 
     Raises:
         ConfigError: a key or value is wrong, or the folder holds a run whose numbers another configuration decided.
+        RegistryError: a plug-in that cannot be found.
         FedLLMError: the simulation failed; what it has finished is kept, and is gone on with in the next call.
     """
     folder = folder.resolve()
-    asked = registry.config_from_flat(resolve(read_app(app), [settings]))
+    asked = checked(app, settings)
     begun = (folder / "events.jsonl").exists()
     if begun:
         _check_same(folder, asked)

@@ -19,7 +19,7 @@ from fedllm.errors import FedLLMError
 from fedllm.history import RunHistory
 from fedllm.plots import Panel, Series, write_png
 from fedllm.report import write_report
-from fedllm.study import finished_run
+from fedllm.study import checked, finished_run
 
 APP = Path(__file__).parent
 ATTACKS = ("none", "sign-flip", "label-flip", "alie")
@@ -46,19 +46,18 @@ def main() -> None:
     args = parser.parse_args()
     root = args.root.resolve()
     attacks, defences = args.attacks.split(","), args.defences.split(",")
-    runs = {
-        (attack, defence): run(attack, defence, args.rounds, root, args.overrides)
+    settings = {
+        (attack, defence): f'rounds={args.rounds} attack="{attack}" defence="{defence}" '
+        f"{SETTINGS.get(defence, '')} {args.overrides}"
         for attack, defence in itertools.product(attacks, defences)
     }
+    for asked in settings.values():
+        checked(APP, asked)
+    runs = {
+        (attack, defence): finished_run(APP, root / f"{attack}-against-{defence}-{args.rounds}", asked)
+        for (attack, defence), asked in settings.items()
+    }
     compare(runs, attacks, defences, root)
-
-
-def run(attack: str, defence: str, rounds: int, root: Path, overrides: str) -> RunHistory:
-    """The history of the run under an attack with a defence; run it unless it has been."""
-    settings = (
-        f'rounds={rounds} attack="{attack}" defence="{defence}" {SETTINGS.get(defence, "")} {overrides}'
-    )
-    return finished_run(APP, root / f"{attack}-against-{defence}-{rounds}", settings)
 
 
 def rejected(history: RunHistory) -> str:

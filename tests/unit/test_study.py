@@ -51,6 +51,13 @@ def test_a_run_is_made_once(app, tmp_path, simulated):
     assert f'run.root="{tmp_path / "runs"}"' in command
 
 
+@pytest.mark.parametrize("settings", ["lora.rnk=4", 'attack="adaptive"', 'attack="sing-flip"'])
+def test_what_cannot_be_run_is_refused_before_any_run(app, settings):
+    assert study.checked(app, "lora.rank=4").lora.rank == 4
+    with pytest.raises(FedLLMError, match=r"unknown configuration key|defence is 'none'|sign-flip"):
+        study.checked(app, settings)
+
+
 def test_a_run_that_was_cut_short_is_resumed(app, tmp_path, simulated):
     begun = Script()
     begun.start()
@@ -68,7 +75,7 @@ def test_a_run_with_another_configuration_is_not_taken_for_this_one(app, tmp_pat
     assert not simulated.commands
 
 
-@pytest.mark.parametrize("free", ["vert.keep=2", "server.node-timeout=9.0", 'run.sinks="console"'])
+@pytest.mark.parametrize("free", ["vert.keep=2", "server.node-timeout=9.0", 'run.sinks="tensorboard"'])
 def test_keys_that_decide_no_number_may_differ(app, tmp_path, simulated, free):
     """Also the table of a plug-in that takes no part."""
     save(simulated.events, tmp_path / "runs" / "a", CONFIG)
