@@ -211,6 +211,8 @@ class Detector:
             half = yardstick.level[0].clamp_min(0) / 2
             # The past of a client that was away for long, or rejected, says little of it.
             surplus = torch.maximum(scores, alone) - half
+            # Whoever is with the crowd does not stand out from it, also above the half; the hostile may live it down.
+            surplus = torch.where(crowd & ~carried & (standing >= 0), surplus.clamp_max(0), surplus)
             # A round speaks no louder against a client than one as expected speaks for it.
             stood_out = torch.maximum(surplus, torch.where(carried, 0.0, -half))
         return distances + (strays | (standing < 0)).float(), stood_out

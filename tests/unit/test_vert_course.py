@@ -239,6 +239,17 @@ def test_an_attacker_who_knows_the_detector_cannot_turn_training_around():
     assert gained(bounded=False) < 0
 
 
+def test_a_crowd_that_half_trains_honestly_does_not_stand_out_from_itself():
+    """As with a backdoor: some of it agree a little better than half of what is usual."""
+    detector = after(3)
+    for server_round in range(4, 16):
+        updates = honest(server_round)
+        honestly = torch.linspace(0.6, 1.1, 16)[:, None]
+        updates[4:] = honestly * updates[4:] + 1.5 * normal("trigger", shape=(1, Q)) / Q**0.5
+        kept = judge(detector, server_round, updates).kept
+        assert kept.tolist() == [True] * 4 + [False] * 16, server_round
+
+
 def test_slow_turns_of_honest_training_are_followed():
     detector = Detector(Q)
     kept = sum(int(judge(detector, r, honest(r, own=0.8, noise=0.8)).kept.sum()) for r in range(1, 25))
